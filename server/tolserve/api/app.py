@@ -1,0 +1,101 @@
+"""The FastAPI application and the process that serves it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from tolserve import __version__
+from tolserve.api import chat, completions, errors, routes
+from tolserve.api.edge import Auth, BodyLimit, Edge
+from tolserve.api.state import Server
+from tolserve.api.tokenizer import ModelFiles
+from tolserve.engine.client import EngineClient, EngineError
+from tolserve.settings import ServeSettings
+
+log = logging.getLogger(__name__)
+
+# Longer than the pauses of a client that works through a conversation, shorter than common proxies' minute.
+KEEP_ALIVE_SECONDS = 30
+# In-flight answers may take this long after SIGTERM; Kubernetes kills after 30 s unless told otherwise.
+SHUTDOWN_SECONDS = 25
+# Request line and headers together. h11 would take any size that comes in one event; browsers stay far below.
+HEADER_BYTES = 32 * 1024
+
+
+def create_app(settings: ServeSettings) -> FastAPI:
+    """The application; its lifespan starts and stops the engine process.
+
+    Raises ModelFilesError for a model directory whose tokenizer files cannot be served.
+    """
+    server = Server(settings, ModelFiles.load(settings.model), EngineClient(settings.engine_json()))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.engine.start()
+        try:
+            yield
+        finally:
+            await server.engine.stop()
+
+    app = FastAPI(
+        title="tolserve",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # the page loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.server = server
+    errors.install(app)
+    for part in (completions, chat, routes):
+        app.include_router(part.router)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit)
+    if (key := settings.key()) is not None:
+        app.add_middleware(Auth, key=key)
+    app.add_middleware(Edge, metrics=server.metrics)
+    return app
+
+
+def serve(settings: ServeSettings) -> None:
+    """Serve until SIGINT or SIGTERM. Raises EngineError when the engine ends before it was ever ready."""
+    app = create_app(settings)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        log_level=settings.log_level,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+    )
+    asyncio.run(_serve(uvicorn.Server(config), app.state.server))
+
+
+async def _serve(http: uvicorn.Server, server: Server) -> None:
+    watch = asyncio.create_task(_watch_start(http, server))
+    await http.serve()
+    await watch
+
+
+async def _watch_start(http: uvicorn.Server, server: Server) -> None:
+    """A server whose engine cannot start has nothing to offer: end it. One that dies later leaves /metrics standing."""
+    while server.engine.ready is None and not http.should_exit:
+        if server.engine.failure is not None:
+            http.should_exit = True
+            raise EngineError("dead", f"the engine could not start: {server.engine.failure}")
+        await asyncio.sleep(0.1)
+    if not http.should_exit:
+        log.info("ready: model %s, %d tokens of context", server.settings.model_name, server.max_model_len)

@@ -1,0 +1,236 @@
+"""The command line: one command, each subcommand a thin call into a package.
+
+Heavy packages are imported by the command that needs them, so that `--help` is quick and `serve`'s API process never
+loads torch. Expected failures end with one line on standard error and a non-zero status, bugs with a traceback.
+"""
+
+import asyncio
+import json
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tolserve import __version__
+from tolserve.settings import (
+    GenerateSettings,
+    OptionError,
+    Options,
+    ServeSettings,
+    StudyParamsSettings,
+    TableBuildSettings,
+    TableExportSettings,
+    TableInspectSettings,
+    TableVerifySettings,
+    TrainSettings,
+)
+
+
+class _Bar:
+    """A progress bar on standard error, driven by calls of (done, total)."""
+
+    def __init__(self, title: str) -> None:
+        self._bar = tqdm(desc=title, unit="record", unit_scale=True)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def serve(settings: ServeSettings) -> None:
+    from tolserve.api.app import serve as run
+
+    run(settings)
+
+
+def generate(settings: GenerateSettings) -> None:
+    asyncio.run(_generate(settings))
+
+
+async def _generate(settings: GenerateSettings) -> None:
+    from contextlib import aclosing
+
+    from tolserve.api.generation import ChoiceText, Piece
+    from tolserve.api.tokenizer import ModelFiles
+    from tolserve.engine.client import EngineClient, EngineError
+    from tolserve.engine.request import Request, SamplingParams
+
+    files = ModelFiles.load(settings.model)
+    prompt = files.tokenizer.encode(settings.prompt)
+    sampling = SamplingParams(
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        seed=secrets.randbits(64) if settings.seed is None else settings.seed,
+        stop_token_ids=tuple(sorted(files.eos_token_ids)),
+    )
+    text = ChoiceText(files.tokenizer, (), files.eos_token_ids, include_stop=False)
+    whole = Piece()
+    engine = EngineClient(settings.engine_json())
+    engine.start()
+    try:
+        while engine.ready is None:
+            if engine.failure is not None:
+                raise EngineError("dead", f"the engine could not start: {engine.failure}")
+            await asyncio.sleep(0.02)
+        async with aclosing(engine.generate(Request("generate", prompt.ids, sampling))) as deltas:
+            async for delta in deltas:
+                if (piece := text.feed(delta)) is not None:
+                    whole.extend(piece)
+                    if not settings.json_output:
+                        print(piece.text, end="", flush=True)
+    finally:
+        await engine.stop()
+    print(json.dumps(_generated(settings, whole)) if settings.json_output else "")
+
+
+def _generated(settings: GenerateSettings, whole: Any) -> dict[str, Any]:
+    usage = vars(whole.usage) if whole.usage is not None else None
+    return {"prompt": settings.prompt, "text": whole.text, "finish_reason": whole.finish_reason, "usage": usage}
+
+
+def train(settings: TrainSettings) -> None:
+    from dataclasses import fields
+
+    import torch
+
+    from tolserve.model.config import ModelConfig
+    from tolserve.train.loop import Recipe, Run, keep_freed_memory
+
+    keep_freed_memory()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    given = settings.model_dump(mode="json")
+    shape = {field.name: given[field.name] for field in fields(ModelConfig) if field.name in given}
+    recipe = {field.name: given[field.name] for field in fields(Recipe)} | {"data": tuple(given["data"])}
+    config = ModelConfig(**shape, max_position_embeddings=settings.length)
+    run = Run(settings.out, config, Recipe(**recipe))
+    run.train(settings.save_every, tell=lambda line: print(line, file=sys.stderr))
+    figures = run.finish()
+    _show(figures, settings.json_output)
+
+
+def table_build(settings: TableBuildSettings) -> None:
+    from tolserve.model.build import build_table
+    from tolserve.tol.table import Table, describe
+
+    out = settings.out or settings.model / "tol"
+    with _Bar("building") as bar:
+        build_table(settings.model, out, force=settings.force, progress=bar)
+    _show(describe(Table.open(out)), settings.json_output)
+
+
+def table_verify(settings: TableVerifySettings) -> None:
+    from tolserve.tol.table import Table, verify
+
+    table = Table.open(_table_dir(settings.table))
+    with _Bar("verifying") as bar:
+        verify(table, bar)
+    _show({"path": str(table.path), "records": table.manifest.vocab_size, "ok": True}, settings.json_output)
+
+
+def table_inspect(settings: TableInspectSettings) -> None:
+    from tolserve.tol.table import Table, describe
+
+    _show(describe(Table.open(_table_dir(settings.table))), settings.json_output)
+
+
+def table_export(settings: TableExportSettings) -> None:
+    from tolserve.model.build import export
+    from tolserve.tol.table import Table, describe
+
+    with _Bar("building") as bar:
+        export(settings.model, settings.out, progress=bar)
+    _show(describe(Table.open(settings.out / "tol")), settings.json_output)
+
+
+def study_params(settings: StudyParamsSettings) -> None:
+    from tolserve.study.params import render, report
+
+    rows = report()
+    print(json.dumps(rows, indent=2) if settings.json_output else render(rows))
+
+
+def _table_dir(given: Path) -> Path:
+    """A table's own folder, or the one that a model directory carries."""
+    return given / "tol" if (given / "config.json").exists() else given
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    for key, value in result.items():
+        print(f"{key}: {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{key}: {value}")
+
+
+@dataclass(frozen=True)
+class Command:
+    settings: type[Options]
+    run: Callable[[Any], None]
+
+
+COMMANDS = {
+    ("serve",): Command(ServeSettings, serve),
+    ("generate",): Command(GenerateSettings, generate),
+    ("train",): Command(TrainSettings, train),
+    ("table", "build"): Command(TableBuildSettings, table_build),
+    ("table", "verify"): Command(TableVerifySettings, table_verify),
+    ("table", "inspect"): Command(TableInspectSettings, table_inspect),
+    ("table", "export"): Command(TableExportSettings, table_export),
+    ("study", "params"): Command(StudyParamsSettings, study_params),
+}
+
+
+def _overview() -> str:
+    lines = ["usage: tolserve COMMAND [OPTIONS]", "", "An inference server for MemoryLLM models.", "", "commands:"]
+    for words, command in COMMANDS.items():
+        lines.append(f"  {' '.join(words):<15} {(command.settings.__doc__ or '').splitlines()[0]}")
+    lines += ["", "`tolserve COMMAND --help` explains a command's options; `tolserve --version` says which this is."]
+    return "\n".join(lines)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Our own error types and the operating system's speak to the user; anything else is a bug."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("tolserve.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 wrong options, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words == ["--version"]:
+        print(f"tolserve {__version__}")
+        return 0
+    name = next((tuple(words[:n]) for n in (1, 2) if tuple(words[:n]) in COMMANDS), None)
+    if name is None:
+        print(f"tolserve: unknown command {' '.join(words[:2])!r}; `tolserve --help` lists them", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    try:
+        command.run(command.settings.load(words[len(name) :], " ".join(("tolserve", *name))))
+    except OptionError as error:
+        print(f"tolserve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        print(f"tolserve: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,30 @@
+"""What an engine is told at its start."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The engine's part of the server's options, in their JSON form; `tolserve serve --help` explains each."""
+
+    model: str
+    cache_dir: str
+    table: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    device_cache: str = "10%"
+    host_cache: str = "0"
+    tol_policy: str = "lru"
+    tol_encoding: str = "bf16"
+    tol_io: str = "direct"
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    max_queue: int = 256
+    kv_cache: str = "auto"
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> "EngineSettings":
+        """Raises TypeError for an unknown or missing key."""
+        return cls(**raw)

@@ -1,0 +1,209 @@
+"""The step loop's body: schedule, page, run, sample, report."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from tolserve.engine.metrics import EngineMetrics
+from tolserve.engine.request import Delta, Failure, FinishReason, Request, TokenLogprob, Usage
+from tolserve.engine.runner import Runner, StepResult
+from tolserve.engine.sampler import logprobs, sample
+from tolserve.engine.scheduler import Scheduler
+from tolserve.engine.sequence import Chunk, Sequence
+from tolserve.metrics import Metrics
+from tolserve.tol.pager import Lease, RecordsUnavailable
+
+Output = Delta | Failure
+
+
+class Engine:
+    """Serves requests step by step on the calling thread; assembled by engine/assemble.py."""
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, metrics: Metrics, *, max_model_len: int, max_queue: int
+    ) -> None:
+        self.runner, self.scheduler, self.pager = runner, scheduler, runner.pager
+        self.max_model_len, self.max_queue = max_model_len, max_queue
+        self.registry = metrics
+        self.metrics = EngineMetrics(metrics)
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, request: Request) -> Failure | None:
+        """Queue a request, or say why not."""
+        if (problem := self._problem(request)) is not None:
+            return problem
+        sequence = Sequence(request, time.monotonic())
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+        return None
+
+    def _problem(self, request: Request) -> Failure | None:
+        vocab_size = self.runner.model.config.vocab_size
+        length = len(request.prompt) + request.sampling.max_tokens
+        if request.request_id in self._sequences:
+            return Failure(request.request_id, "invalid", "a request with this id is already running")
+        if not request.prompt:
+            return Failure(request.request_id, "invalid", "the prompt has no tokens")
+        if not all(0 <= token < vocab_size for token in request.prompt):
+            return Failure(request.request_id, "invalid", f"a prompt token id is outside the vocabulary of {vocab_size}")
+        if length > self.max_model_len:
+            return Failure(
+                request.request_id, "invalid", f"prompt and max_tokens are {length} tokens; {self.max_model_len} fit"
+            )
+        if len(self.scheduler.waiting) >= self.max_queue:
+            return Failure(request.request_id, "busy", f"{self.max_queue} requests are waiting already")
+        return None
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and everything it holds; one that is gone already is no error."""
+        if (sequence := self._sequences.pop(request_id, None)) is not None:
+            self.scheduler.remove(sequence)
+
+    def refresh_metrics(self) -> None:
+        """Bring gauges up to date between steps, finished fills included."""
+        self.metrics.state(self.scheduler)
+        if self.pager is not None:
+            self.pager.poll()
+
+    def close(self) -> None:
+        if self.pager is not None:
+            self.pager.close()
+
+    def step(self) -> list[Output]:
+        """Run one step of whatever the scheduler chooses."""
+        chunks = self.scheduler.schedule()
+        return self.run(chunks) if chunks else []
+
+    def run(self, chunks: list[Chunk]) -> list[Output]:
+        """Run the given chunks as one step; the outputs of a step depend on them and the state before, nothing else."""
+        now = time.monotonic()
+        for chunk in chunks:
+            if chunk.sequence.started is None:
+                chunk.sequence.started = now
+        lease = self._acquire(chunks)
+        try:
+            result = self.runner.run(chunks, lease)
+            return self._advance(chunks, result, lease)
+        except RecordsUnavailable as error:
+            return self._fail(chunks, error)
+        finally:
+            if lease is not None and self.pager is not None:
+                self.pager.release(lease)
+            self.metrics.step(self.scheduler, sum(chunk.count for chunk in chunks))
+
+    def _acquire(self, chunks: list[Chunk]) -> Lease | None:
+        """Pin the step's records, then let the reads of the prompts' next chunks run while this step computes."""
+        if self.pager is None:
+            return None
+        lease = self.pager.acquire(_distinct(token for chunk in chunks for token in chunk.tokens))
+        for chunk in chunks:
+            following = chunk.sequence.tokens[chunk.end : chunk.end + self.scheduler.max_tokens]
+            if following:
+                self.pager.prefetch(_distinct(following))
+        return lease
+
+    def _fail(self, chunks: list[Chunk], error: RecordsUnavailable) -> list[Output]:
+        """Fail the sequences that needed an unreadable record; the others did not advance and run again."""
+        failures: list[Output] = []
+        for sequence in [c.sequence for c in chunks if not error.errors.keys().isdisjoint(c.tokens)]:
+            bad = next(token for token in error.errors if token in sequence.tokens)
+            failures.append(Failure(sequence.request_id, "table", str(error.errors[bad])))
+            self.abort(sequence.request_id)
+        self.metrics.failed.add(len(failures), "table")
+        return failures
+
+    def _advance(self, chunks: list[Chunk], result: StepResult, lease: Lease | None) -> list[Output]:
+        """Sample where a chunk reached its sequence's end; one logits call for all of them."""
+        for chunk in chunks:
+            chunk.sequence.computed = chunk.end
+            _count(chunk, result, lease)
+        outputs: list[Output] = []
+        ends: list[tuple[Chunk, int]] = []  # chunks that sample, and the row of their last token
+        cursor = 0
+        for chunk in chunks:
+            self._score_prompt(chunk, result.hidden[cursor : cursor + chunk.count])
+            cursor += chunk.count
+            if chunk.samples:
+                ends.append((chunk, cursor - 1))
+        if ends:
+            logits = self.runner.logits(result.hidden[[row for _, row in ends]])
+            for (chunk, _), row in zip(ends, logits, strict=True):
+                outputs.append(self._extend(chunk.sequence, row))
+        return outputs
+
+    def _score_prompt(self, chunk: Chunk, hidden: Tensor) -> None:
+        """Log-probabilities of the prompt tokens that this chunk's positions predict, if asked for."""
+        sequence = chunk.sequence
+        top = sequence.request.sampling.prompt_logprobs
+        first, last = len(sequence.prompt_logprobs), min(chunk.end + 1, sequence.prompt_length)
+        if top is None or first >= last:
+            return
+        targets = torch.tensor(sequence.tokens[first:last], device=hidden.device)
+        scored = hidden[first - 1 - chunk.start : last - 1 - chunk.start]
+        sequence.prompt_logprobs.extend(logprobs(self.runner.logits(scored), targets, top))
+
+    def _extend(self, sequence: Sequence, logits: Tensor) -> Delta:
+        """Choose a sequence's next token from its logits [V] and say what came of it."""
+        params = sequence.request.sampling
+        first_answer = sequence.first_token is None
+        tokens: list[int] = []
+        scores: list[TokenLogprob] | None = None
+        if params.max_tokens:
+            tokens = [sample(logits, params, len(sequence.tokens))]
+            sequence.tokens += tokens
+            if params.logprobs is not None:
+                scores = logprobs(logits[None], torch.tensor(tokens, device=logits.device), params.logprobs)
+        finish_reason = self._finish_reason(sequence)
+        self.metrics.token(sequence, time.monotonic(), len(tokens))
+        if finish_reason is not None:
+            self.abort(sequence.request_id)
+            self.metrics.finished(sequence, finish_reason)
+        return Delta(
+            sequence.request_id,
+            tokens,
+            scores,
+            sequence.prompt_logprobs if first_answer and params.prompt_logprobs is not None else None,
+            finish_reason,
+            _usage(sequence) if finish_reason is not None else None,
+        )
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        params = sequence.request.sampling
+        if sequence.generated:
+            last = sequence.tokens[-1]
+            if last in params.stop_token_ids or (
+                last == self.runner.model.config.eos_token_id and not params.ignore_eos
+            ):
+                return "stop"
+        full = sequence.generated >= params.max_tokens or len(sequence.tokens) >= self.max_model_len
+        return "length" if full else None
+
+
+def _distinct(tokens: Iterable[int]) -> list[int]:
+    """Each token once, in order of first appearance."""
+    return list(dict.fromkeys(tokens))
+
+
+def _count(chunk: Chunk, result: StepResult, lease: Lease | None) -> None:
+    if lease is None:
+        return
+    own = set(chunk.tokens)
+    chunk.sequence.lookups += len(own)
+    chunk.sequence.hits += len(own & lease.hits)
+    chunk.sequence.stall += result.stall
+
+
+def _usage(sequence: Sequence) -> Usage:
+    return Usage(
+        prompt_tokens=sequence.prompt_length,
+        completion_tokens=sequence.generated,
+        lookups=sequence.lookups,
+        hits=sequence.hits,
+        stall_ms=sequence.stall * 1000,
+    )

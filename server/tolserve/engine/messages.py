@@ -1,0 +1,66 @@
+"""Typed messages between API workers and the engine process: msgpack by msgspec, never pickle."""
+
+import msgspec
+
+from tolserve.engine.request import Delta, Failure, Request
+from tolserve.metrics import Metric
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True):
+    request: Request
+
+
+class Abort(msgspec.Struct, tag="abort", frozen=True):
+    """The client is gone; unknown ids are ignored, since the request may just have finished."""
+
+    request_id: str
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """A worker announces itself; answered with `Ready` once the engine can serve."""
+
+
+class AskMetrics(msgspec.Struct, tag="ask_metrics", frozen=True):
+    """Answered with `MetricsSnapshot`."""
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True):
+    """Facts about the served model that the API needs to check requests."""
+
+    vocab_size: int
+    max_model_len: int
+    fingerprint: str | None
+    encoding: str | None
+
+
+class Progress(msgspec.Struct, tag="progress", frozen=True):
+    delta: Delta
+
+
+class Refusal(msgspec.Struct, tag="refusal", frozen=True):
+    failure: Failure
+
+
+class MetricsSnapshot(msgspec.Struct, tag="metrics", frozen=True):
+    metrics: list[Metric]
+
+
+ToEngine = Submit | Abort | Hello | AskMetrics
+FromEngine = Ready | Progress | Refusal | MetricsSnapshot
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_engine(frame: bytes) -> ToEngine:
+    """Raises msgspec.ValidationError or DecodeError for a frame that is none of the messages."""
+    return _to_engine.decode(frame)
+
+
+def decode_from_engine(frame: bytes) -> FromEngine:
+    return _from_engine.decode(frame)

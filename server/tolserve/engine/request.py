@@ -1,0 +1,80 @@
+"""What a request asks of the engine and what comes back. Plain data: no torch, no wire library."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Values are checked by whoever builds this (the API, or a benchmark)."""
+
+    max_tokens: int  # new tokens; 0 only scores the prompt
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # 0 <= seed < 2^64
+    choice: int = 0  # which of a request's `n`; a draw depends on (seed, choice, position) alone
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: the token's own and the k best alternatives
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue. `n` choices or several prompts of one HTTP request are several of these."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability under the unscaled logits (before temperature and filters), and the best alternatives,
+    most likely first, each (token id, logprob)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a finished request used. A lookup is a distinct token id of the request in a step; a hit is one whose
+    record was in the device tier when the step asked; `stall_ms` is the waiting of the steps it took part in."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    lookups: int
+    hits: int
+    stall_ms: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New tokens of one sequence. `usage` and `finish_reason` come with the last one; `prompt_logprobs` (one entry per
+    prompt token, the first None) with the first one. A finished request may carry no new token."""
+
+    request_id: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+FailureKind = Literal["invalid", "busy", "table", "engine", "dead"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One request failed; others go on. `kind`: "invalid" is the client's doing, "busy" the queue's, "table" a record
+    that could not be read, "engine" ours, "dead" that the engine process is gone."""
+
+    request_id: str
+    kind: FailureKind
+    message: str

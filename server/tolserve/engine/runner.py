@@ -1,0 +1,66 @@
+"""Runs the layers for one step's chunks. With engine/kv.py and tol/arena.py, the only engine code that sees a GPU."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tolserve.engine.kv import KVCache, StepAttention
+from tolserve.engine.sequence import Chunk
+from tolserve.model.blocks import AddRow
+from tolserve.model.transformer import Transformer, no_rows
+from tolserve.tol.pager import Lease, Pager
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Hidden states of every token of the step, chunk after chunk, and what waiting for rows cost."""
+
+    hidden: Tensor  # [T, d], normed
+    stall: float  # seconds
+
+
+class Runner:
+    """The serving form of a model over paged keys and values, with rows from a pager (None for a base model)."""
+
+    def __init__(self, model: Transformer, kv: KVCache, pager: Pager | None) -> None:
+        self.model, self.kv, self.pager = model, kv, pager
+        self.device = kv.data.device
+        if pager is not None:
+            self._row_of_layer = {layer: row for row, layer in enumerate(pager.table.manifest.layers)}
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk], lease: Lease | None) -> StepResult:
+        """Compute one step. Raises RecordsUnavailable if a record it needs could not be read; keys and values written
+        until then are overwritten when the sequences run again."""
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        rows = _LeasedRows(self, lease, tokens) if lease is not None else None
+        add_row: AddRow = rows if rows is not None else no_rows
+        ids = torch.tensor(tokens, device=self.device)
+        hidden = self.model.hidden(ids, StepAttention(self.kv, chunks), add_row)
+        return StepResult(hidden, rows.stall if rows is not None else 0.0)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
+
+
+class _LeasedRows:
+    """Adds rows out of the device arena, waiting for them the first time a layer needs one."""
+
+    def __init__(self, runner: Runner, lease: Lease, tokens: list[int]) -> None:
+        if runner.pager is None:
+            raise RuntimeError("a lease without a pager")
+        self._rows = runner.pager.arena.rows  # [slots, layers in the table, d]
+        self._row_of_layer = runner._row_of_layer
+        self._lease = lease
+        self._slots = torch.tensor([lease.slot_of[token] for token in tokens], device=runner.device)
+        self._waited = False
+        self.stall = 0.0
+
+    def __call__(self, layer: int, x: Tensor) -> Tensor:
+        if layer not in self._row_of_layer:  # dropped from the table: only an addend is missing (paper section 2)
+            return x
+        if not self._waited:
+            self.stall, self._waited = self._lease.wait(), True
+        return x + self._rows[self._slots, self._row_of_layer[layer]].to(x.dtype)

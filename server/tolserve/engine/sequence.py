@@ -1,0 +1,69 @@
+"""A sequence's state between steps."""
+
+from dataclasses import dataclass, field
+
+from tolserve.engine.request import FinishReason, Request, TokenLogprob
+
+
+@dataclass(eq=False)  # identity: two sequences with equal fields are still two
+class Sequence:
+    """One request in the engine. `computed` tokens have their keys and values in `blocks`; the rest, up to
+    `len(tokens)`, must still pass through the layers. A decoding sequence has exactly one such token."""
+
+    request: Request
+    arrived: float  # engine clock, seconds
+    tokens: list[int] = field(init=False)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)  # block table, in token order
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    started: float | None = None  # first scheduled
+    first_token: float | None = None
+    last_token: float | None = None
+    lookups: int = 0
+    hits: int = 0
+    stall: float = 0.0  # seconds
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        if self.request.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def pending(self) -> int:
+        """Tokens that have not passed through the layers yet."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens [start, start + count) of a sequence, to run in one step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sequence.tokens[self.start : self.end]
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the sequence's last token, so that its logits choose the next one."""
+        return self.end == len(self.sequence.tokens)

@@ -1,0 +1,99 @@
+"""Counted numbers and their shape on the wire.
+
+Each metric is declared beside the code it measures, on the `Metrics` of its process. The engine sends cumulative
+snapshots; the API renders the last one it got, so `/metrics` answers when the engine is gone. Nothing here imports
+prometheus_client: the engine runs without it.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+PREFIX = "tolserve_"
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass
+class Sample:
+    """One labelled series. `value` is a counter's or gauge's value, or a histogram's sum; `buckets` are a histogram's
+    counts per bucket (not cumulative), the last one for observations above every bound."""
+
+    labels: tuple[str, ...]
+    value: float = 0.0
+    buckets: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Metric:
+    """A named family of series. Counters only grow; `name` is complete, prefix and `_total` included."""
+
+    name: str
+    kind: Kind
+    help: str
+    label_names: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()
+    samples: list[Sample] = field(default_factory=list)
+
+    def labels(self, *values: str) -> Sample:
+        """The series with these label values, made at its first use. Keep the values bounded."""
+        for sample in self.samples:
+            if sample.labels == values:
+                return sample
+        if len(values) != len(self.label_names):
+            raise ValueError(f"{self.name} has labels {self.label_names}, got {values}")
+        sample = Sample(values, buckets=[0] * (len(self.bounds) + 1) if self.kind == "histogram" else [])
+        self.samples.append(sample)
+        return sample
+
+    def add(self, amount: float, *values: str) -> None:
+        self.labels(*values).value += amount
+
+    def set(self, value: float, *values: str) -> None:
+        self.labels(*values).value = value
+
+    def observe(self, value: float, *values: str) -> None:
+        sample = self.labels(*values)
+        sample.value += value
+        sample.buckets[bisect_left(self.bounds, value)] += 1
+
+
+class Metrics:
+    """The metrics of one process, in the order of their declaration."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Metric] = {}
+
+    def _declare(self, metric: Metric, series: Sequence[tuple[str, ...]]) -> Metric:
+        if metric.name in self._metrics:
+            raise ValueError(f"metric {metric.name} is declared twice")
+        self._metrics[metric.name] = metric
+        for values in series or ([()] if not metric.label_names else []):
+            metric.labels(*values)
+        return metric
+
+    def counter(
+        self, name: str, help: str, labels: tuple[str, ...] = (), series: Sequence[tuple[str, ...]] = ()
+    ) -> Metric:
+        """`series` lists label values that must show as 0 before they first happen."""
+        return self._declare(Metric(PREFIX + name, "counter", help, labels), series)
+
+    def gauge(
+        self, name: str, help: str, labels: tuple[str, ...] = (), series: Sequence[tuple[str, ...]] = ()
+    ) -> Metric:
+        return self._declare(Metric(PREFIX + name, "gauge", help, labels), series)
+
+    def histogram(
+        self,
+        name: str,
+        help: str,
+        bounds: tuple[float, ...],
+        labels: tuple[str, ...] = (),
+        series: Sequence[tuple[str, ...]] = (),
+    ) -> Metric:
+        return self._declare(Metric(PREFIX + name, "histogram", help, labels, bounds), series)
+
+    def snapshot(self) -> list[Metric]:
+        """All families with their current values; cumulative, to be encoded and sent."""
+        return list(self._metrics.values())

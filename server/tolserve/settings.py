@@ -1,0 +1,286 @@
+"""Every option of every command, in one place.
+
+An option has one name: the flag `--device-cache`, the environment variable `TOLSERVE_DEVICE_CACHE` and the key
+`device-cache` (or `device_cache`) of a `--config` file, which is JSON or TOML. A flag wins over the environment, the
+environment over the file, the file over the default. What no command knows is refused.
+"""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+ENV_PREFIX = "TOLSERVE_"
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
+_POSITIONAL = get_args(CliPositionalArg[str])[1]
+_NUMBER = r"[0-9]+(\.[0-9]+)?"
+_BYTES = _NUMBER + r" ?[KMGT]?i?B"
+
+
+def _written_as(pattern: str, examples: str) -> AfterValidator:
+    """Catches slips before a process is started; what the size comes to is the engine's to work out."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.IGNORECASE):
+            raise ValueError(f"must be {examples}")
+        return text
+
+    return AfterValidator(check)
+
+
+Bytes = Annotated[str, _written_as(rf"auto|{_BYTES}", "auto or bytes with a unit, such as 512MiB")]
+CacheSize = Annotated[
+    str, _written_as(rf"[0-9]+|{_BYTES}|{_NUMBER}%", "records (12826), bytes with a unit (2GiB) or a share (10%)")
+]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class OptionError(ValueError):
+    """Options that cannot be used; the message names each, and where it was given."""
+
+
+class Options(BaseSettings):
+    """What all commands share. Keyword arguments are taken as they are; `load` reads the outside world."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        protected_namespaces=(),
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_shortcuts={"json-output": "json", "prompt": "p"},
+    )
+
+    config: Path | None = Field(None, description="JSON or TOML file with any of these options")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    @classmethod
+    def load(cls, argv: Sequence[str], prog: str) -> Self:
+        """Merge flags, environment and file. Raises OptionError; argparse itself ends the process for unknown flags
+        and for --help."""
+        _refuse_unknown_environment()
+        flags = CliSettingsSource(cls, cli_parse_args=list(argv), cli_prog_name=prog)()
+        environment = EnvSettingsSource(cls)()
+        path = flags.get("config") or environment.get("config")
+        file = _read_file(Path(path)) if path else {}
+        try:
+            return cls(**(file | environment | flags))
+        except ValidationError as error:
+            raise OptionError("; ".join(cls._explain(e, flags, environment) for e in error.errors())) from None
+
+    @classmethod
+    def _explain(cls, error: Any, flags: dict[str, Any], environment: dict[str, Any]) -> str:
+        if not error["loc"]:
+            return str(error["msg"]).removeprefix("Value error, ")
+        name = str(error["loc"][0])
+        source = "" if name in flags else " (from the environment)" if name in environment else " (from --config)"
+        if error["type"] == "missing":
+            return f"{cls.flag(name)} is required"
+        if error["type"] == "extra_forbidden":
+            return f"unknown option {name!r}{source}"
+        given = "" if name == "api_key" else f", not {error['input']!r}"
+        return f"{cls.flag(name)}{source}: {str(error['msg']).removeprefix('Value error, ')}{given}"
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """How a person gives the option on the command line."""
+        field = cls.model_fields.get(name)
+        if field is not None and _POSITIONAL in field.metadata:
+            return name.upper()
+        return "--json" if name == "json_output" else "--" + name.replace("_", "-")
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+        raw = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--config {path} cannot be read as JSON or TOML: {error}") from error
+    if not isinstance(raw, dict) or "config" in raw:
+        raise OptionError(f"--config {path} must hold one object of options, without 'config' itself")
+    values = {key.replace("-", "_"): value for key, value in raw.items()}
+    if len(values) < len(raw):
+        raise OptionError(f"--config {path} gives an option twice, with '-' and with '_'")
+    return values
+
+
+def _all_commands(base: type[Options] = Options) -> list[type[Options]]:
+    return [base] + [command for child in base.__subclasses__() for command in _all_commands(child)]
+
+
+def _refuse_unknown_environment() -> None:
+    """A misspelt variable must not be ignored; one of another command is fine, since a shell is shared."""
+    known = {ENV_PREFIX + name.upper() for command in _all_commands() for name in command.model_fields}
+    if unknown := sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known):
+        raise OptionError(f"unknown environment variable {', '.join(unknown)}; `tolserve COMMAND --help` lists options")
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tolserve"
+
+
+class EngineOptions(Options):
+    """A model and how it is run."""
+
+    model: CliPositionalArg[Path] = Field(DEMO_MODEL, description="model directory; the bundled one if not given")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs; auto prefers cuda")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
+    table: Path | None = Field(None, description="table directory; else MODEL/tol, else built once into --cache-dir")
+    device_cache: CacheSize = Field("10%", description="records on the device: a count, bytes (2GiB) or share (10%)")
+    host_cache: CacheSize = Field("0", description="records in host memory behind the device, in the same units")
+    tol_policy: Literal["lru"] = Field("lru", description="which record leaves a full cache")
+    tol_encoding: Literal["bf16"] = Field("bf16", description="encoding of the table to open or to build")
+    tol_io: Literal["direct", "buffered"] = Field("direct", description="read past the page cache or through it")
+    max_num_seqs: Positive = Field(32, description="sequences in one step at most")
+    max_num_batched_tokens: Positive = Field(512, description="tokens in one step at most")
+    max_model_len: Positive | None = Field(None, description="tokens of prompt and answer together; the model's limit")
+    max_queue: Positive = Field(256, description="waiting sequences at most; further requests get 429")
+    cache_dir: Path = Field(default_factory=_default_cache_dir, description="private folder for tables built here")
+    kv_cache: Bytes = Field("auto", description="memory for keys and values, bytes with a unit (1GiB)")
+
+    def engine_json(self) -> dict[str, Any]:
+        """The engine's part, as engine.config.EngineSettings reads it."""
+        return self.model_dump(mode="json", include=set(EngineOptions.model_fields) - set(Options.model_fields))
+
+
+class ServeSettings(EngineOptions):
+    """Serve a model over the OpenAI HTTP interface."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_key: SecretStr | None = Field(None, description="key that every route but /health and /ready asks for")
+    api_key_file: Path | None = Field(None, description="file that holds the key, so that no process list shows it")
+    served_model_name: str | None = Field(None, min_length=1, description="the model's name; its folder's if not given")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")
+
+    @model_validator(mode="after")
+    def _check_key(self) -> Self:
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("give --api-key or --api-key-file, not both")
+        self.key()
+        return self
+
+    def key(self) -> str | None:
+        """The API key, None if none is asked for. Raises ValueError for one that no HTTP header can carry."""
+        if self.api_key is not None:
+            key, flag = self.api_key.get_secret_value(), "--api-key"
+        elif self.api_key_file is not None:
+            try:
+                key, flag = self.api_key_file.read_text().strip(), "--api-key-file"
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--api-key-file cannot be read: {error}") from error
+        else:
+            return None
+        if not key or not all("!" <= character <= "~" for character in key):
+            raise ValueError(f"{flag} must give visible ASCII characters without spaces, at least one")
+        return key
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model.resolve().name
+
+
+class GenerateSettings(EngineOptions):
+    """Continue a text in the terminal."""
+
+    prompt: str = Field(description="text to continue")
+    max_tokens: Positive = Field(128, description="new tokens at most")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 always takes the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens that make up this probability")
+    top_k: int = Field(0, ge=0, description="sample from this many of the likeliest tokens; 0 from all")
+    min_p: float = Field(0.0, ge=0, le=1, description="drop tokens less likely than this share of the likeliest")
+    seed: int | None = Field(None, ge=0, lt=2**64, description="the same seed gives the same text; random if not given")
+    json_output: bool = Field(False, description="print one JSON object at the end instead of the text")
+
+
+class TrainSettings(Options):
+    """Train a model, and its tokenizer if none is given. The defaults are the demo model's recipe."""
+
+    data: list[Path] = Field(min_length=1, description="training text, .jsonl or .txt, may end in .gz; in this order")
+    held_out: Path | None = Field(None, description="text that only the final figures see")
+    tokenizer: Path | None = Field(None, description="tokenizer.json to use; trained on --data if not given")
+    out: Path = Field(description="folder of the run; an unfinished run there is continued")
+    vocab_size: Positive = 8192
+    hidden_size: Positive = 256
+    intermediate_size: Positive = 960
+    num_hidden_layers: Positive = 8
+    num_attention_heads: Positive = 4
+    num_key_value_heads: Positive = 4
+    ffn_variant: Literal["base", "memory", "flex"] = "memory"
+    flex_beta: int = Field(0, ge=0, le=3, description="square maps of a flex model's FFN-C")
+    batch: Positive = Field(4, description="sequences per step")
+    length: Positive = Field(1024, description="tokens per sequence")
+    steps: Positive = 4200
+    warmup: int = Field(200, ge=0, description="steps of linear warm-up")
+    peak_lr: PositiveFloat = 3e-3
+    min_lr: NotNegativeFloat = 1.5e-4
+    weight_decay: NotNegativeFloat = 0.1
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    z_loss: NotNegativeFloat = 1e-6
+    clip: PositiveFloat = Field(1.0, description="largest norm of a step's gradient")
+    seed: int = Field(0, ge=0, lt=2**63)
+    save_every: Positive = Field(250, description="steps between saves of resumable state")
+    threads: Positive | None = Field(None, description="CPU threads; all cores if not given")
+    json_output: bool = Field(False, description="print the final figures as JSON")
+
+
+class TableBuildSettings(Options):
+    """Run every feed-forward network once over the vocabulary and write the table."""
+
+    model: CliPositionalArg[Path] = Field(description="model directory with its memory.* tensors")
+    out: Path | None = Field(None, description="table directory; MODEL/tol if not given")
+    force: bool = Field(False, description="replace a table that is already there")
+    json_output: bool = Field(False, description="print what was built as JSON")
+
+
+class TableVerifySettings(Options):
+    """Read a whole table and check every checksum."""
+
+    table: CliPositionalArg[Path] = Field(description="table directory, or model directory with one in tol/")
+    json_output: bool = Field(False, description="print the result as JSON")
+
+
+class TableInspectSettings(Options):
+    """Say what a table holds, from its manifest and headers alone."""
+
+    table: CliPositionalArg[Path] = Field(description="table directory, or model directory with one in tol/")
+    json_output: bool = Field(False, description="print it as JSON")
+
+
+class TableExportSettings(Options):
+    """Write a serving checkpoint without feed-forward weights, beside its table."""
+
+    model: CliPositionalArg[Path] = Field(description="model directory with its memory.* tensors")
+    out: CliPositionalArg[Path] = Field(description="new model directory")
+    json_output: bool = Field(False, description="print the result as JSON")
+
+
+class StudyParamsSettings(Options):
+    """Active and total parameters of the paper's fifteen configurations."""
+
+    json_output: bool = Field(False, description="print them as JSON")

@@ -1,0 +1,46 @@
+"""A byte-level BPE tokenizer trained on the corpus, saved the way Hugging Face tokenizers are."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+
+# The demo model is no chat model: a conversation is laid out as paragraphs of prose, which is what it has read.
+_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE: any text encodes, and decodes to itself. Id 0 is the end-of-text token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, model_dir: Path, context: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    tokenizer.save(str(model_dir / "tokenizer.json"))
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "model_max_length": context,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": _CHAT_TEMPLATE,
+        },
+        "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
+    }
+    for name, content in files.items():
+        (model_dir / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,142 @@
+"""gather_rows: the torch twin against float64 numpy, and the Triton kernel, where there is one, against the twin."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tolkernels import gather_rows
+from tolkernels.dispatch import triton_installed, use_triton
+from tolkernels.gather import gather_rows_torch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Half a unit in the last place of a sum, plus as much for the row's own rounding.
+RELATIVE = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+def case(slots: int, layers: int, width: int, tokens: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(slots, layers, width, generator=generator).to(torch.bfloat16)
+    return (
+        rows,
+        torch.randint(slots, (tokens,), generator=generator),
+        torch.randn(tokens, width, generator=generator).to(dtype),
+    )
+
+
+@settings(max_examples=40)
+@given(
+    slots=st.integers(1, 9),
+    layers=st.integers(1, 4),
+    width=st.integers(1, 70),
+    tokens=st.integers(0, 12),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_rows_are_added(
+    slots: int, layers: int, width: int, tokens: int, dtype: torch.dtype, seed: int, data: st.DataObject
+) -> None:
+    rows, chosen, residual = case(slots, layers, width, tokens, dtype, seed)
+    before = rows.clone(), chosen.clone(), residual.clone()
+    layer = data.draw(st.integers(0, layers - 1))
+    found = gather_rows(rows, chosen, layer, residual)
+    assert found.dtype == dtype
+    assert found.shape == residual.shape
+    for token in range(tokens):
+        row = rows[chosen[token], layer].double().numpy()
+        stream = residual[token].double().numpy()
+        error = np.abs(found[token].double().numpy() - (stream + row))
+        assert (error <= RELATIVE[dtype] * (np.abs(stream) + np.abs(row)) + 1e-7).all()
+    assert all(torch.equal(a, b) for a, b in zip((rows, chosen, residual), before, strict=True))
+
+
+def test_a_float32_stream_takes_the_row_unrounded() -> None:
+    rows, chosen, residual = case(5, 3, 64, 7, torch.float32, 1)
+    expected = residual.numpy() + rows[chosen, 2].float().numpy()
+    assert np.array_equal(gather_rows(rows, chosen, 2, residual).numpy(), expected)
+
+
+def good() -> dict[str, object]:
+    rows, slots, residual = case(4, 2, 8, 3, torch.float32, 0)
+    return {"rows": rows, "slots": slots, "layer": 1, "residual": residual}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows", torch.zeros(4, 2, 8)),
+        ("rows", torch.zeros(4, 8, dtype=torch.bfloat16)),
+        ("slots", torch.zeros(3, dtype=torch.int32)),
+        ("slots", torch.zeros(3, 1, dtype=torch.int64)),
+        ("layer", 2),
+        ("layer", -1),
+        ("residual", torch.zeros(3, 9)),
+        ("residual", torch.zeros(2, 8)),
+        ("residual", torch.zeros(3, 8, dtype=torch.int64)),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        gather_rows(**good() | {name: value})
+
+
+def test_a_slot_out_of_range_is_an_error_in_the_twin() -> None:
+    with pytest.raises(IndexError):
+        gather_rows(**good() | {"slots": torch.tensor([0, 1, 4])})
+
+
+def test_the_cpu_takes_the_twin() -> None:
+    assert not use_triton(torch.device("cpu"))
+    assert use_triton(torch.device("cuda")) == triton_installed()
+
+
+COMPARE = """
+import sys, torch
+from tolkernels.gather import gather_rows_torch
+from tolkernels.gather_triton import gather_rows_triton
+device = sys.argv[1]
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for width in (1, 64, 960, 1024, 2048, 2051):
+        rows = torch.randn(7, 3, width).to(torch.bfloat16).to(device)
+        slots = torch.randint(7, (5,)).to(device)
+        residual = torch.randn(5, 2 * width).to(dtype).to(device)[:, :width]
+        for layer in range(3):
+            twin = gather_rows_torch(rows, slots, layer, residual)
+            kernel = gather_rows_triton(rows, slots, layer, residual)
+            # The interpreter truncates where hardware rounds: one unit in the last place of bfloat16.
+            exact = device == "cuda" or dtype == torch.float32
+            torch.testing.assert_close(kernel, twin, rtol=0 if exact else 2**-7, atol=0 if exact else 1e-6)
+    empty = gather_rows_triton(rows, slots[:0], 0, residual[:0])
+    assert empty.shape == (0, 2051)
+"""
+
+
+@pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
+    ],
+)
+def test_the_kernel_equals_its_twin(device: str) -> None:
+    """On a CPU through Triton's interpreter, which must be chosen before triton is imported: hence a process."""
+    interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    kernels = Path(__file__).parents[2] / "kernels"
+    environment = os.environ | {"PYTHONPATH": str(kernels)} | interpret
+    done = subprocess.run([sys.executable, "-c", COMPARE, device], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not (triton_installed() and torch.cuda.is_available()), reason="needs triton and a CUDA device")
+def test_cuda_takes_the_kernel_and_gets_the_twins_bits() -> None:
+    rows, slots, residual = (tensor.cuda() for tensor in case(9, 4, 2048, 33, torch.bfloat16, 3))
+    assert torch.equal(gather_rows(rows, slots, 2, residual), gather_rows_torch(rows, slots, 2, residual))

@@ -1,0 +1,120 @@
+"""Training text: reading it, and cutting it into sequences in an order that a seed fixes."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from tolserve.train.data import DataError, Sequences, Tokens, read_documents, tokenise
+from tolserve.train.tokenizer import END_OF_TEXT
+
+DOCUMENTS = ["one\nparagraph", "", 'another, with "quotes" and 漢字 🙂']
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_each_line_of_a_jsonl_is_a_document(tmp_path: Path, suffix: str) -> None:
+    assert list(read_documents(write(tmp_path / f"a.{suffix}", jsonl(DOCUMENTS)))) == DOCUMENTS
+
+
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
+def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
+    assert list(read_documents(write(tmp_path / f"a.b.{suffix}", "two\nlines é".encode()))) == ["two\nlines é"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.parquet.gz"])
+def test_another_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"\.jsonl or \.txt"):
+        list(read_documents(write(tmp_path / name, b"x")))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '"text"', "{}", '{"text": 3}', '{"text": null}', ""])
+def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(["good"]) + line.encode() + b"\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:2"):
+        list(read_documents(path))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(jsonl(DOCUMENTS * 100))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "plain.jsonl.gz").write_bytes(b"not gzip")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    for name in ("cut.jsonl.gz", "plain.jsonl.gz", "latin.txt", "missing.txt"):
+        with pytest.raises(DataError, match=name):
+            list(read_documents(tmp_path / name))
+
+
+def test_documents_follow_each_other_each_behind_a_separator(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    stream = tokenise(write(tmp_path / "a.jsonl", jsonl(DOCUMENTS)), tokenizer, end)
+    assert stream.dtype == np.int32
+    starts = np.flatnonzero(stream == end)
+    assert len(starts) == len(DOCUMENTS)
+    assert [tokenizer.decode(part[1:]) for part in np.split(stream, starts)[1:]] == DOCUMENTS
+    assert len(tokenise(write(tmp_path / "empty.jsonl", b""), tokenizer, end)) == 0
+
+
+streams = st.lists(st.integers(0, 60), min_size=1, max_size=4)
+
+
+def numbered(lengths: list[int]) -> tuple[Tokens, ...]:
+    """Streams whose tokens all differ, so that a sequence shows where it was cut."""
+    return tuple(np.arange(n, dtype=np.int32) + 1000 * i for i, n in enumerate(lengths))
+
+
+@given(lengths=streams, length=st.integers(1, 20), seed=st.integers(0, 99))
+def test_every_token_is_a_target_once(lengths: list[int], length: int, seed: int) -> None:
+    """But for a stream's first token, which nothing predicts, and a rest shorter than a sequence."""
+    sequences = Sequences(numbered(lengths), length, seed)
+    order = sequences.order()
+    targets = [1000 * i + start + 1 + offset for i, start in order.tolist() for offset in range(length)]
+    expected = [1000 * i + t for i, n in enumerate(lengths) for t in range(1, 1 + (n - 1) // length * length)]
+    assert sorted(targets) == expected
+    assert order[:, 0].tolist() == sorted(order[:, 0])  # one file after the other
+
+
+@given(lengths=streams, length=st.integers(1, 9), batch=st.integers(1, 5), skip=st.integers(0, 40))
+def test_a_later_start_continues_the_same_order(lengths: list[int], length: int, batch: int, skip: int) -> None:
+    sequences = Sequences(numbered(lengths), length, seed=3)
+    if not len(sequences.order()):
+        return
+    whole, later = sequences.batches(batch, 0), Sequences(numbered(lengths), length, seed=3).batches(batch, skip)
+    for _ in range(skip):
+        next(whole)
+    for _ in range(3):
+        expected, found = next(whole), next(later)
+        assert found.shape == (batch, length + 1)
+        assert np.array_equal(found, expected)
+        assert (np.diff(found, axis=1) == 1).all()  # consecutive tokens of one stream
+
+
+def test_the_text_begins_again_when_it_is_used_up() -> None:
+    sequences = Sequences(numbered([41]), length=10, seed=0)
+    batches = sequences.batches(3, 0)
+    seen = np.concatenate([next(batches) for _ in range(4)])[:, 0].tolist()
+    assert seen == seen[:4] * 3
+    assert sorted(seen[:4]) == [0, 10, 20, 30]
+
+
+def test_the_order_depends_on_the_seed() -> None:
+    orders = [Sequences(numbered([400]), 4, seed).order().tolist() for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_text_shorter_than_a_sequence_is_refused() -> None:
+    with pytest.raises(DataError, match="shorter"):
+        next(Sequences(numbered([5, 4]), 5, 0).batches(1, 0))

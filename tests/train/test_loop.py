@@ -1,0 +1,301 @@
+"""The training loop: its arithmetic against references, exact resume, and that it learns."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tiny import TEXT, tiny_config
+from tolserve.model.checkpoint import load_transformer, read_fingerprint
+from tolserve.model.config import ModelConfig
+from tolserve.model.transformer import Transformer
+from tolserve.train.data import read_documents
+from tolserve.train.loop import Recipe, Run, TrainError, loss_terms, make_optimizer
+from tolserve.train.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+
+STEPS = 8
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run", "far", "away", "home", "again"]
+
+
+def sentences(seed: int) -> str:
+    chosen = np.random.default_rng(seed).integers(len(WORDS), size=400)
+    return " ".join(WORDS[i] for i in chosen) + " " + TEXT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for seed, name in enumerate(("first", "second", "unseen")):
+        (folder / f"{name}.txt").write_text(sentences(seed))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def recipe_of(folder: Path, **changes: Any) -> Recipe:
+    fixed = {
+        "data": (str(folder / "first.txt"), str(folder / "second.txt")),
+        "held_out": str(folder / "unseen.txt"),
+        "tokenizer": str(folder / "tokenizer.json"),
+        "batch": 2,
+        "length": 24,
+        "steps": STEPS,
+        "warmup": 3,
+        "peak_lr": 1e-2,
+        "min_lr": 1e-3,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "z_loss": 1e-6,
+        "clip": 1.0,
+        "seed": 5,
+    }
+    return Recipe(**fixed | changes)
+
+
+def train(run: Run, save_every: int = 3) -> Run:
+    run.train(save_every, log_every=2, tell=lambda line: None)
+    return run
+
+
+def train_until_killed(run: Run, step: int, save_every: int) -> None:
+    """Train, and be stopped by an exception when `step` steps are done, as a killed process is."""
+
+    class KilledError(Exception):
+        pass
+
+    whole_step = run.train_step
+
+    def train_step(batch: Any) -> float:
+        if run.step == step:
+            raise KilledError
+        return whole_step(batch)
+
+    run.train_step = train_step  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        train(run, save_every)
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in run.model.named_parameters()}
+
+
+@given(
+    warmup=st.integers(0, 50),
+    steps=st.integers(1, 200),
+    peak=st.floats(1e-5, 1e-2),
+    share=st.floats(0, 1),
+)
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(warmup: int, steps: int, peak: float, share: float) -> None:
+    recipe = recipe_of(Path(), steps=steps, warmup=warmup, peak_lr=peak, min_lr=peak * share)
+    rates = [recipe.learning_rate(step) for step in range(steps)]
+    for step, rate in enumerate(rates):
+        if step < warmup:
+            assert rate == pytest.approx(peak * (step + 1) / warmup)
+        else:
+            turn = math.pi * (step - warmup) / (steps - warmup)
+            assert rate == pytest.approx(peak * share + peak * (1 - share) * (1 + math.cos(turn)) / 2)
+    if warmup < steps:
+        assert rates[warmup] == pytest.approx(peak)
+        assert recipe.learning_rate(steps) == pytest.approx(peak * share)
+        assert recipe.learning_rate(10 * steps + warmup) == pytest.approx(peak * share)
+
+
+@settings(max_examples=25)
+@given(
+    batch=st.integers(1, 3), length=st.integers(1, 5), z_loss=st.sampled_from([0.0, 1e-6, 0.1]), seed=st.integers(0, 99)
+)
+def test_loss_terms_equal_a_slow_reference(batch: int, length: int, z_loss: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(batch, length, 11, generator=generator)
+    targets = torch.randint(11, (batch, length), generator=generator)
+    cross_entropy = penalty = 0.0
+    for row in range(batch):
+        for position in range(length):
+            scores = logits[row, position].double().tolist()
+            normaliser = math.log(sum(math.exp(score) for score in scores))
+            cross_entropy += normaliser - scores[int(targets[row, position])]
+            penalty += normaliser**2
+    count = batch * length
+    found, objective = loss_terms(logits, targets, z_loss)
+    assert found.item() == pytest.approx(cross_entropy / count, rel=1e-4, abs=1e-6)
+    assert objective.item() == pytest.approx((cross_entropy + z_loss * penalty) / count, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["base", "memory", "flex"])
+def test_matrices_decay_and_norms_do_not(variant: str) -> None:
+    model = Transformer(tiny_config(variant, tie_word_embeddings=False), with_memory=True)
+    recipe = recipe_of(Path())
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in make_optimizer(model, recipe).param_groups
+        for parameter in group["params"]
+    }
+    expected = {name: 0.0 if name.endswith("norm.weight") else 0.1 for name, _ in model.named_parameters()}
+    assert {name: decay[id(parameter)] for name, parameter in model.named_parameters()} == expected
+
+
+def test_a_step_is_clipped_adamw_on_the_objective(folder: Path, tmp_path: Path) -> None:
+    """Two steps by hand in float64, from the gradient of loss_terms."""
+    recipe = recipe_of(folder, clip=0.05, z_loss=0.1)
+    run = Run(tmp_path / "run", tiny_config(), recipe)
+    by_hand = {name: p.detach().double().clone() for name, p in run.model.named_parameters()}
+    mean = {name: torch.zeros_like(p) for name, p in by_hand.items()}
+    square = {name: torch.zeros_like(p) for name, p in by_hand.items()}
+    batch = np.random.default_rng(0).integers(300, size=(2, 25)).astype(np.int32)
+    for step in range(2):
+        sample = torch.from_numpy(batch).long()
+        _, objective = loss_terms(run.model(sample[:, :-1]), sample[:, 1:], recipe.z_loss)
+        gradients = torch.autograd.grad(objective, list(run.model.parameters()))
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+        assert norm > recipe.clip
+        rate = recipe.learning_rate(step)
+        for (name, parameter), gradient in zip(by_hand.items(), gradients, strict=True):
+            clipped = gradient.double() * recipe.clip / norm
+            mean[name] = 0.9 * mean[name] + 0.1 * clipped
+            square[name] = 0.95 * square[name] + 0.05 * clipped.square()
+            corrected = mean[name] / (1 - 0.9 ** (step + 1))
+            spread = (square[name] / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
+            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            by_hand[name] = parameter * (1 - rate * decay) - rate * corrected / spread
+        run.train_step(batch)
+        assert run.step == step + 1
+        for name, parameter in run.model.named_parameters():
+            # Where a gradient is nearly zero, AdamW's quotient magnifies its rounding: hence an absolute bound,
+            # a hundredth of a step.
+            assert torch.allclose(parameter.double(), by_hand[name], rtol=1e-4, atol=rate / 100), name
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 5, 7])
+@pytest.mark.parametrize("variant", ["memory", "flex"])
+def test_a_killed_run_goes_on_to_the_same_weights(folder: Path, tmp_path: Path, variant: str, killed_at: int) -> None:
+    shape, recipe = tiny_config(variant), recipe_of(folder)
+    whole = train(Run(tmp_path / "whole", shape, recipe))
+    train_until_killed(Run(tmp_path / "killed", shape, recipe), killed_at, save_every=2)
+    resumed = Run(tmp_path / "killed", shape, recipe)
+    assert resumed.step == killed_at // 2 * 2
+    train(resumed, save_every=2)
+    assert resumed.step == STEPS
+    for name, parameter in weights(whole).items():
+        assert torch.equal(parameter, weights(resumed)[name]), name
+    rows = [(tmp_path / run / "loss.csv").read_text().splitlines() for run in ("whole", "killed")]
+    assert [row.split(",")[:2] for row in rows[0]] == [row.split(",")[:2] for row in rows[1]]
+
+
+def test_the_saved_state_is_one_and_complete(folder: Path, tmp_path: Path) -> None:
+    run = train(Run(tmp_path, tiny_config(), recipe_of(folder)))
+    files = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert files == ["progress.json", "state-00000008.safetensors", "tokens-0.npy", "tokens-1.npy"]
+    state = load_file(tmp_path / "state" / "state-00000008.safetensors")
+    expected = {f"{prefix}{name}" for name in weights(run) for prefix in ("", "step:", "exp_avg:", "exp_avg_sq:")}
+    assert set(state) == expected
+    assert all(state[f"step:{name}"].item() == STEPS for name in weights(run))
+    assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] == STEPS
+
+
+def test_a_finished_run_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+    before = weights(train(Run(tmp_path, tiny_config(), recipe_of(folder))))
+    again = train(Run(tmp_path, tiny_config(), recipe_of(folder)))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in weights(again).items())
+
+
+@pytest.mark.parametrize("name", ["steps", "peak_lr", "seed", "batch", "data", "held_out"])
+def test_a_folder_belongs_to_one_recipe(folder: Path, tmp_path: Path, name: str) -> None:
+    recipe = recipe_of(folder)
+    Run(tmp_path, tiny_config(), recipe)
+    other = {"data": recipe.data[:1], "held_out": None}.get(name) if name in ("data", "held_out") else 1
+    with pytest.raises(TrainError, match="another recipe"):
+        Run(tmp_path, tiny_config(), replace(recipe, **{name: other}))
+    with pytest.raises(TrainError, match="another recipe"):
+        Run(tmp_path, tiny_config("flex"), recipe)
+    assert Run(tmp_path, tiny_config(), recipe).step == 0
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="does not exist"):
+        Run(tmp_path / "a", tiny_config(), recipe_of(folder, tokenizer=str(tmp_path / "none.json")))
+    with pytest.raises(TrainError, match="--vocab-size is 301"):
+        Run(tmp_path / "b", tiny_config(vocab_size=301), recipe_of(folder))
+    foreign = Tokenizer.from_file(str(folder / "tokenizer.json")).to_str().replace(END_OF_TEXT, "<|other|>")
+    Tokenizer.from_str(foreign).save(str(tmp_path / "foreign.json"))
+    with pytest.raises(TrainError, match="endoftext"):
+        Run(tmp_path / "c", tiny_config(), recipe_of(folder, tokenizer=str(tmp_path / "foreign.json")))
+
+
+def test_saving_never_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="--save-every"):
+        train(Run(tmp_path, tiny_config(), recipe_of(folder)), save_every=0)
+
+
+def test_a_run_trains_its_own_tokenizer(folder: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, tiny_config(vocab_size=280), recipe_of(folder, tokenizer=None))
+    assert run.config.vocab_size == run.tokenizer.get_vocab_size() == 280
+    assert run.config.eos_token_id == run.tokenizer.token_to_id(END_OF_TEXT) == 0
+    again = Run(tmp_path, tiny_config(vocab_size=280), recipe_of(folder, tokenizer=None))
+    assert again.tokenizer.to_str() == run.tokenizer.to_str()
+
+
+@pytest.mark.parametrize("variant", ["base", "memory", "flex"])
+def test_a_short_run_learns_and_leaves_a_model_directory(folder: Path, tmp_path: Path, variant: str) -> None:
+    untrained = Run(tmp_path / "untrained", tiny_config(variant), recipe_of(folder, steps=0)).finish(torch.float32)
+    run = train(Run(tmp_path / "run", tiny_config(variant), recipe_of(folder, steps=60, warmup=5)), save_every=60)
+    figures = run.finish()
+    assert untrained["held_out"]["nats_per_token"] == pytest.approx(math.log(300), abs=0.1)
+    assert figures["held_out"]["nats_per_token"] < 0.75 * math.log(300)
+    assert figures["training_tokens"] == 60 * 2 * 24
+    assert figures == json.loads((tmp_path / "run" / "figures.json").read_text())
+    assert ("held_out_memory_zeroed" in figures) == (variant != "base")
+    if variant != "base":
+        assert figures["held_out_memory_zeroed"]["bits_per_byte"] > figures["held_out"]["bits_per_byte"]
+        assert read_fingerprint(tmp_path / "run")
+    model = load_transformer(tmp_path / "run", with_memory=True, dtype=torch.float32)
+    assert model.config == run.config
+    for name, parameter in weights(run).items():
+        assert torch.equal(parameter, model.get_parameter(name)), name  # what was evaluated is what was written
+        assert torch.equal(parameter, parameter.to(torch.bfloat16).float()), name
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "run" / file).exists()
+
+
+def test_held_out_bytes_are_those_of_the_text(folder: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, tiny_config(), recipe_of(folder))
+    held_out = run.held_out()
+    assert held_out is not None
+    assert held_out.text_bytes == (folder / "unseen.txt").stat().st_size
+    assert [document[0] for document in held_out.documents] == [run.end]
+    assert [run.tokenizer.decode(d[1:]) for d in held_out.documents] == list(read_documents(folder / "unseen.txt"))
+
+
+@given(st.text(max_size=60))
+def test_the_tokenizer_encodes_any_text_back_to_itself(text: str) -> None:
+    tokenizer = train_tokenizer([TEXT], 280)
+    if END_OF_TEXT not in text:
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_tokenizer_files_name_the_end_of_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save_tokenizer(tokenizer, tmp_path, context=77)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == 77
+    assert config["eos_token"] == config["bos_token"] == END_OF_TEXT
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 0, "eos_token_id": 0}
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id(END_OF_TEXT) == 0
+
+
+def test_the_recipe_on_disk_keeps_its_form(folder: Path, tmp_path: Path) -> None:
+    """A run started by an earlier version must be resumable: these keys are its identity."""
+    shape, recipe = tiny_config(), recipe_of(folder)
+    Run(tmp_path, shape, recipe)
+    written = json.loads((tmp_path / "recipe.json").read_text())
+    assert written == {"shape": asdict(shape), "recipe": asdict(recipe) | {"data": list(recipe.data)}}
+    assert ModelConfig(**written["shape"]) == shape
