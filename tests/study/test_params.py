@@ -17,6 +17,8 @@ ACTIVE = {
     "750M": {"base": 737, "flex-3": 430, "flex-2": 368, "flex-1": 307, "memory": 245},
     "1B": {"base": 1208, "flex-3": 704, "flex-2": 604, "flex-1": 503, "memory": 402},
 }
+# K of base and memory, and of FFN-M for beta = 1, 2, 3.
+INTERMEDIATE = {"250M": (2560, 2240, 1920, 1600), "750M": (4272, 3738, 3200, 2668), "1B": (5464, 4778, 4096, 3418)}
 # Linear maps alone, millions per layer at 1B: FFN-C, FFN-M.
 FFN_1B = {
     "memory": (0, 33.554),
@@ -42,6 +44,15 @@ def test_counts_equal_the_papers_and_the_modules(size: str, variant: str) -> Non
     assert count.total // 1_000_000 == ACTIVE[size]["base"]
     assert count.active == module_parameters(config, with_memory=False)
     assert count.total == module_parameters(config, with_memory=True)
+
+
+def test_shapes_are_the_papers() -> None:
+    for size, (dense, *flex) in INTERMEDIATE.items():
+        expected = {"base": dense, "memory": dense} | {f"flex-{beta}": k for beta, k in enumerate(flex, 1)}
+        assert {variant: preset(size, variant).intermediate_size for variant in VARIANTS} == expected
+    assert [preset(size, "memory").hidden_size for size in SIZES] == [960, 1600, 2048]
+    assert [preset(size, "memory").num_attention_heads for size in SIZES] == [16, 16, 32]
+    assert {preset(size, "base").vocab_size for size in SIZES} == {128_256}
 
 
 @pytest.mark.parametrize("variant", ["base", "memory", "flex"])

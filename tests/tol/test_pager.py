@@ -230,7 +230,19 @@ def test_prefetch_evicts_neither_pinned_nor_unused_records(small: tuple[Table, R
         pager.release(lease)
         assert pager.prefetch([0, 5, 6]) == 1  # 5 replaces 1; 0 is wanted itself
         wait_for_reads(pager)
-        assert pager.acquire([2, 3, 0, 5]).hits == {0, 2, 3, 5}
+        used = pager.acquire([2, 3, 0, 5])
+        assert used.hits == {0, 2, 3, 5}
+        pager.release(used)
+        assert pager.prefetch([6, 7, 8, 9]) == 4  # all were used by now
+
+
+def test_prefetch_keeps_what_is_there_and_wanted(small: tuple[Table, Records]) -> None:
+    with open_pager(small[0], 3) as (pager, _):
+        pager.release(pager.acquire([0, 1, 2]))
+        assert pager.prefetch([0]) == 0
+        pager.release(pager.acquire([3]))  # evicts the oldest, which is 1 now
+        wait_for_reads(pager)
+        assert pager.acquire([0, 2, 3]).hits == {0, 2, 3}
 
 
 def test_acquire_waits_for_slots_that_prefetches_fill(small: tuple[Table, Records]) -> None:
@@ -323,9 +335,9 @@ def test_preload_of_everything_makes_every_lookup_a_hit(small: tuple[Table, Reco
 
 def test_preload_fills_free_slots_and_evicts_nothing(small: tuple[Table, Records]) -> None:
     with open_pager(small[0], 4) as (pager, metrics):
-        pager.preload([9, 8, 7])
+        pager.preload([0, 8, 7])
         pager.preload()
-        assert pager.acquire([9, 8, 7, 0]).hits == {9, 8, 7, 0}
+        assert pager.acquire([0, 8, 7, 1]).hits == {0, 8, 7, 1}
         assert value(metrics, "tol_evictions_total") == 0
 
 

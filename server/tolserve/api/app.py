@@ -88,6 +88,8 @@ async def _serve(http: uvicorn.Server, server: Server) -> None:
     watch = asyncio.create_task(_watch_start(http, server))
     await http.serve()
     await watch
+    if not http.started:
+        raise EngineError("dead", "the server could not start; the log says why")
 
 
 async def _watch_start(http: uvicorn.Server, server: Server) -> None:

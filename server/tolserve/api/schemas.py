@@ -7,7 +7,7 @@ Field meanings: OpenAI's API reference; `top_k`, `min_p`, `ignore_eos`, `stop_to
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from tolserve.api.detokenize import MAX_STOP_CHARACTERS
@@ -125,14 +125,24 @@ def _as_prompts(value: Any) -> Any:
     return value
 
 
+def _encodable(text: str) -> str:
+    """JSON can write half of a surrogate pair ("\\ud800"), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be Unicode text, without lone surrogates") from None
+    return text
+
+
 def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+Text = Annotated[str, AfterValidator(_encodable)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 PromptItem = Annotated[
-    Annotated[str, Tag("~text")] | Annotated[list[TokenId], Tag("~tokens")],
+    Annotated[Text, Tag("~text")] | Annotated[list[TokenId], Tag("~tokens")],
     Discriminator(lambda value: "~text" if isinstance(value, str) else "~tokens"),
 ]
 
@@ -190,7 +200,7 @@ class CompletionRequest(Sampling):
 
 class TextPart(Wire):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Wire):
@@ -229,7 +239,7 @@ class TokenizeRequest(Wire):
     """Either `prompt` or `messages`."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="true for a prompt, false for messages if not given")
     add_generation_prompt: bool = True

@@ -127,7 +127,7 @@ class Server:
         )
 
 
-def server_of(http: HttpRequest) -> Server:
-    """The FastAPI dependency that hands the state to a route."""
+async def server_of(http: HttpRequest) -> Server:
+    """The FastAPI dependency that hands the state to a route; async, since a plain one would cost a thread hop."""
     server: Server = http.app.state.server
     return server

@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class TemplateError(ValueError):
-    """These messages cannot be laid out; the message is the template's own."""
+    """A template that cannot be used, or messages that it cannot lay out."""
 
 
 def _raise_exception(message: str) -> None:
@@ -31,7 +31,7 @@ class ChatTemplate:
     eos_token, raise_exception, strftime_now and the tojson filter."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        """Raises ValueError for a template that is no Jinja."""
+        """Raises TemplateError for a template that is no Jinja."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -40,7 +40,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template is no Jinja: {error}") from error
+            raise TemplateError(f"the chat template is no Jinja: {error}") from error
         self._special_tokens = special_tokens
 
     @classmethod
@@ -49,9 +49,9 @@ class ChatTemplate:
         file = model_dir / "chat_template.jinja"
         source = file.read_text() if file.exists() else tokenizer_config.get("chat_template")
         if isinstance(source, list):
-            named = {entry["name"]: entry["template"] for entry in source}
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
             source = named.get("default")
-        if source is None:
+        if not isinstance(source, str):
             return None
         special = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):

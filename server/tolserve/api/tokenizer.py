@@ -56,7 +56,8 @@ class ModelTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises ModelFilesError unless the decoder is byte-level."""
-        if json.loads(tokenizer.to_str())["decoder"]["type"] != "ByteLevel":
+        decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+        if decoder.get("type") != "ByteLevel":
             raise ModelFilesError("only byte-level tokenizers (decoder ByteLevel) are supported")
         tokenizer.no_truncation()
         tokenizer.no_padding()

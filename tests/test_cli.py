@@ -1,0 +1,91 @@
+"""The command line from outside: what it prints, where, and its exit status."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tolserve import __version__
+from tolserve.cli import COMMANDS, main
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(" ".join(words) in shown for words in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tolserve {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [*COMMANDS])
+def test_every_command_explains_itself(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*words, "--help"])
+    assert exit_.value.code == 0
+    assert f"tolserve {' '.join(words)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["fly"], ["table"], ["table", "shake"], ["study"], ["serve", "--port", "x"]])
+def test_wrong_words_end_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv", [["table", "inspect", "/nowhere"], ["table", "build", "/nowhere"], ["serve", "/nowhere"]]
+)
+def test_failures_end_with_1_and_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("tolserve: ")
+    assert "Traceback" not in "".join(error)
+
+
+def test_tables_from_the_command_line(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table"
+    assert main(["table", "build", str(tiny_model_dir), "--out", str(table), "--json"]) == 0
+    built = json.loads(capsys.readouterr().out)
+    assert main(["table", "inspect", str(table), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == built
+    assert main(["table", "verify", str(table), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    assert main(["table", "build", str(tiny_model_dir), "--out", str(table)]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["table", "build", str(tiny_model_dir), "--out", str(table), "--force"]) == 0
+    capsys.readouterr()
+    serving = tmp_path / "serving"
+    assert main(["table", "export", str(tiny_model_dir), str(serving), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fingerprint"] == built["fingerprint"]
+    assert main(["table", "verify", str(serving)]) == 0
+    capsys.readouterr()
+    (shard,) = table.glob("records-*.safetensors")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    assert main(["table", "verify", str(table)]) == 1
+    assert "checksum" in capsys.readouterr().err
+
+
+def test_training_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The old house stood at the end of the lane. " * 200)
+    options = {"vocab-size": 270, "hidden-size": 16, "intermediate-size": 24, "num-hidden-layers": 1}
+    options |= {"num-attention-heads": 2, "num-key-value-heads": 1, "batch": 2, "length": 16, "steps": 3}
+    argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(text), "--held-out", str(text), "--out", str(out), *argv, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["training_tokens"] == 3 * 2 * 16
+    assert figures["held_out"]["bits_per_byte"] > 0
+    assert (out / "model.safetensors").exists()
+    assert main(["train", "--data", str(text), "--out", str(out), "--steps", "4"]) == 1
+    assert "another recipe" in capsys.readouterr().err
+
+
+def test_the_papers_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "params", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 15
+    assert main(["study", "params"]) == 0
+    assert "flex" in capsys.readouterr().out
