@@ -20,7 +20,7 @@ SHARED_LIMIT = 0.01
 
 def shingles(text: str) -> set[int]:
     words = re.findall(r"[a-z]+", text.lower())
-    return {hash(tuple(words[i : i + SHINGLE])) for i in range(0, len(words) - SHINGLE)}
+    return {hash(tuple(words[i : i + SHINGLE])) for i in range(len(words) - SHINGLE)}
 
 
 def main(source: Path, out: Path) -> None:

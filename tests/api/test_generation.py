@@ -30,14 +30,14 @@ def scored(token: int) -> TokenLogprob:
 
 
 def deltas_of(tokens: list[int], sizes: list[int], reason: FinishReason = "length") -> list[Delta]:
-    """The tokens in deltas of the given sizes, the last with reason and usage."""
+    """The tokens in deltas of the given sizes, the last with the reason."""
     deltas, at = [], 0
     for size in sizes:
         part = tokens[at : at + size]
         at += size
         last = at >= len(tokens)
         deltas.append(
-            Delta("r", part, [scored(t) for t in part], None, reason if last else None, USAGE if last else None)
+            Delta("r", part, USAGE, [scored(t) for t in part], None, reason if last else None)
         )
         if last:
             break
@@ -172,13 +172,11 @@ def test_chat_chunks_add_up_to_the_message(tokens: list[int], sizes: list[int]) 
 
 def test_usage_counts_a_prompt_once_and_every_choice() -> None:
     usage = UsageCount(3)
-    usage.add(Piece(tokens=[1, 2]))
+    usage.add(Piece(tokens=[1, 2], usage=USAGE))  # so far: counted once, at the end
     usage.add(Piece(tokens=[3], finish_reason="length", usage=USAGE))
     usage.add(Piece(tokens=[4], finish_reason="length", usage=USAGE))
     tol = {"lookups": 16, "hits": 12, "stall_ms": 3.0}
     assert usage.to_json() == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "tol": tol}
-    usage.add(Piece(finish_reason="stop"))
-    assert usage.to_json()["tol"] is None
 
 
 def test_envelopes() -> None:

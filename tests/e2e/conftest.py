@@ -37,13 +37,14 @@ class Running:
 
     def wait_ready(self) -> "Running":
         deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
+        with self.http() as client:
+            while time.monotonic() < deadline and self.process.poll() is None:
+                try:
+                    if client.get("/ready").status_code == 200:
+                        return self
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.1)
         raise RuntimeError(f"the server is not ready; exit status {self.process.poll()}")
 
     def metric(self, name: str) -> float:
@@ -94,8 +95,8 @@ def start_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def server(start_server: Callable[..., Running]) -> Running:
-    """Shared by the tests that leave it as they found it: a cache of a fifth of the vocabulary."""
-    return start_server("--device-cache", "60").wait_ready()
+    """Shared by the tests that leave it as they found it: a cache of a fifth of the vocabulary, a short queue."""
+    return start_server("--device-cache", "60", "--max-num-seqs", "32", "--max-queue", "40").wait_ready()
 
 
 @pytest.fixture(scope="session")

@@ -216,6 +216,16 @@ def test_leaving_an_unfinished_answer_aborts_it(server: Running) -> None:
     assert server.metric("tolserve_generation_tokens_total") - before < 16 * (CONTEXT - 50)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_than_the_queue_holds_is_refused(server: Running, client: OpenAI, stream: bool) -> None:
+    """128 sequences are more than 32 that run and 40 that wait; those already taken are given up too."""
+    with pytest.raises(openai.RateLimitError) as raised:
+        complete(client, prompt=[PROMPT] * 8, n=16, max_tokens=200, stream=stream)
+    assert raised.value.code == "queue_full"
+    assert int(raised.value.response.headers["retry-after"]) > 0
+    wait_idle(server)
+
+
 def test_clients_side_by_side(server: Running, client: OpenAI) -> None:
     texts: dict[int, str] = {}
 

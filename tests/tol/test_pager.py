@@ -239,6 +239,7 @@ def test_prefetch_evicts_neither_pinned_nor_unused_records(small: tuple[Table, R
 def test_prefetch_keeps_what_is_there_and_wanted(small: tuple[Table, Records]) -> None:
     with open_pager(small[0], 3) as (pager, _):
         pager.release(pager.acquire([0, 1, 2]))
+        wait_for_reads(pager)
         assert pager.prefetch([0]) == 0
         pager.release(pager.acquire([3]))  # evicts the oldest, which is 1 now
         wait_for_reads(pager)
@@ -549,3 +550,18 @@ def test_a_failing_delivery_is_raised_and_leaves_nothing_behind(tmp_path: Path) 
         assert lease.hits == set()
         lease.wait()
         assert_bytes(pager, lease, records)
+
+
+def test_an_acquire_that_raises_pins_nothing(tmp_path: Path) -> None:
+    table, _ = make_table(tmp_path / "t")
+    table = HeldTable(table)
+    with open_pager(table, 2, read_depth=1) as (pager, metrics):
+        pager.preload([1])
+        with table.held() as go:
+            pager.prefetch([0])
+            slots, pager.arena._bytes = pager.arena._bytes, pager.arena._bytes[:0]
+            threading.Timer(0.3, go.set).start()
+            with pytest.raises(IndexError):
+                pager.acquire([1, 5])  # has pinned 1 when it waits for the slot of 0
+        pager.arena._bytes = slots
+        assert_idle(pager, metrics)

@@ -25,7 +25,7 @@ T = TypeVar("T")
 @dataclass
 class Piece:
     """The next part of one choice. `offsets` give where each token begins in the choice's own text, in characters
-    (before a stop string cuts it); `finish_reason` and, unless a stop string ended the choice, `usage` come last."""
+    (before a stop string cuts it); `finish_reason` comes last, `usage` is the choice's so far."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -141,25 +141,21 @@ class UsageCount:
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = 0
         self._lookups, self._hits, self._stall_ms = 0, 0, 0.0
-        self._complete = True
 
     def add(self, piece: Piece) -> None:
         self._completion_tokens += len(piece.tokens)
-        if piece.usage is not None:
+        if piece.finish_reason is not None and piece.usage is not None:
             self._lookups += piece.usage.lookups
             self._hits += piece.usage.hits
             self._stall_ms += piece.usage.stall_ms
-        elif piece.finish_reason is not None:
-            self._complete = False
 
     def to_json(self) -> dict[str, Any]:
-        """`tol` is null when a stop string ended a choice: the engine aborts it and reports no lookups."""
         tol = {"lookups": self._lookups, "hits": self._hits, "stall_ms": round(self._stall_ms, 3)}
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
-            "tol": tol if self._complete else None,
+            "tol": tol,
         }
 
 

@@ -54,9 +54,7 @@ def assemble(settings: EngineSettings) -> Engine:
         max_tokens=settings.max_num_batched_tokens,
         max_distinct=pager.slots if pager is not None else None,
     )
-    return Engine(
-        Runner(model, kv, pager), scheduler, metrics, max_model_len=max_len, max_queue=settings.max_queue
-    )
+    return Engine(Runner(model, kv, pager), scheduler, metrics, max_model_len=max_len, max_queue=settings.max_queue)
 
 
 def _device(name: str) -> str:
@@ -155,7 +153,9 @@ def _checked(table: Table, fingerprint: str, settings: EngineSettings, config: M
             "build this model's own with `tolserve table build`"
         )
     if manifest.encoding_name != settings.tol_encoding:
-        raise TableError(f"{table.path} is encoded as {manifest.encoding_name}, not --tol-encoding {settings.tol_encoding}")
+        raise TableError(
+            f"{table.path} is encoded as {manifest.encoding_name}, not --tol-encoding {settings.tol_encoding}"
+        )
     shape = (manifest.vocab_size, manifest.num_layers, manifest.hidden_size)
     if shape != (config.vocab_size, config.num_hidden_layers, config.hidden_size):
         raise TableError(f"{table.path} has shape {shape}, which is not the model's")

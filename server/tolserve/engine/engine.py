@@ -51,7 +51,7 @@ class Engine:
         if not request.prompt:
             return Failure(request.request_id, "invalid", "the prompt has no tokens")
         if not all(0 <= token < vocab_size for token in request.prompt):
-            return Failure(request.request_id, "invalid", f"a prompt token id is outside the vocabulary of {vocab_size}")
+            return Failure(request.request_id, "invalid", f"a prompt token id is not below {vocab_size}")
         if length > self.max_model_len:
             return Failure(
                 request.request_id, "invalid", f"prompt and max_tokens are {length} tokens; {self.max_model_len} fit"
@@ -167,10 +167,10 @@ class Engine:
         return Delta(
             sequence.request_id,
             tokens,
+            _usage(sequence),
             scores,
             sequence.prompt_logprobs if first_answer and params.prompt_logprobs is not None else None,
             finish_reason,
-            _usage(sequence) if finish_reason is not None else None,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:

@@ -44,7 +44,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a finished request used. A lookup is a distinct token id of the request in a step; a hit is one whose
+    """What a request used. A lookup is a distinct token id of the request in a step; a hit is one whose
     record was in the device tier when the step asked; `stall_ms` is the waiting of the steps it took part in."""
 
     prompt_tokens: int
@@ -56,15 +56,16 @@ class Usage:
 
 @dataclass(frozen=True)
 class Delta:
-    """New tokens of one sequence. `usage` and `finish_reason` come with the last one; `prompt_logprobs` (one entry per
-    prompt token, the first None) with the first one. A finished request may carry no new token."""
+    """New tokens of one sequence and what it has used so far (a client that stops at a string of text needs that at
+    any time). `finish_reason` comes with the last one; `prompt_logprobs` (one entry per prompt token, the first None)
+    with the first one. A finished request may carry no new token."""
 
     request_id: str
     tokens: list[int]
+    usage: Usage
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None
 
 
 FailureKind = Literal["invalid", "busy", "table", "engine", "dead"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tolkernels import gather_rows
 from tolserve.engine.kv import KVCache, StepAttention
 from tolserve.engine.sequence import Chunk
 from tolserve.model.blocks import AddRow
@@ -63,4 +64,4 @@ class _LeasedRows:
             return x
         if not self._waited:
             self.stall, self._waited = self._lease.wait(), True
-        return x + self._rows[self._slots, self._row_of_layer[layer]].to(x.dtype)
+        return gather_rows(self._rows, self._slots, self._row_of_layer[layer], x)
