@@ -10,10 +10,7 @@ GPU. The table of random records is written once and kept.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from report import machine, write
 
 from tolserve.engine.assemble import BLOCK_SIZE, use_threads
 from tolserve.engine.blocks import BlockPool
@@ -40,14 +38,14 @@ Trace = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def random_transformer(config: ModelConfig, dtype: torch.dtype, device: str) -> Transformer:
-    """Serving form with random weights: one block of normal numbers, shifted from tensor to tensor."""
+    """Serving form with random weights: one block of normal numbers, repeated and shifted from tensor to tensor."""
     with torch.device("meta"):
         model = Transformer(config, with_memory=False)
     block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     state = {}
     for index, (name, parameter) in enumerate(model.named_parameters()):
         copies = -(-parameter.numel() // block.numel())
-        values = block.roll(1009 * index).repeat(copies)[: parameter.numel()].view(parameter.shape)
+        values = block[: parameter.numel()].repeat(copies)[: parameter.numel()].roll(index).view(parameter.shape)
         state[name] = (torch.ones_like(values) if parameter.ndim == 1 else values).to(device)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
@@ -179,18 +177,6 @@ def ratio(times: list[float], reference: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
-def machine(args: argparse.Namespace, command: dict[str, Any]) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "arguments": command,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, required=True)
@@ -232,18 +218,13 @@ def main() -> None:
     for variant in variants:
         warm(variant, trace[:half], args.warm_lookups)
     pager = variants[1].engine.pager
-    report: dict[str, Any] = machine(
-        args, {k: str(v) for k, v in vars(args).items() if k not in ("trace", "table", "out")}
-    )
+    report = machine(args.device)
     report |= {
         "device_cache": {"records": slots, "bytes": slots * table.manifest.record_bytes},
         "page_cache": "bypassed (O_DIRECT)" if pager and pager.io == "direct" else "in use (buffered reads)",
         "batches": {str(batch): measure(variants, trace[half:], batch, args) for batch in args.batches},
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    write(report, args.out)
 
 
 if __name__ == "__main__":
