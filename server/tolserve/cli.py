@@ -123,12 +123,13 @@ def train(settings: TrainSettings) -> None:
 
 
 def table_build(settings: TableBuildSettings) -> None:
-    from tolserve.model.build import build_table
+    from tolserve.model.build import build_table, stamp
     from tolserve.tol.table import Table, describe
 
     out = settings.out or settings.model / "tol"
     with _Bar("building") as bar:
         build_table(settings.model, out, force=settings.force, progress=bar)
+    stamp(settings.model)
     _show(describe(Table.open(out)), settings.json_output)
 
 

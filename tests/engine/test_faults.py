@@ -81,6 +81,18 @@ def test_a_corrupt_record_fails_those_who_need_it(damaged: tuple[Engine, Table],
     assert_idle(engine)
 
 
+def test_each_is_told_of_a_record_that_it_needed_now(damaged: tuple[Engine, Table]) -> None:
+    engine, table = damaged
+    flip_byte(table, BAD)
+    flip_byte(table, BAD + 1)
+    answers = serve(engine, [request("one", [BAD]), request("both", [BAD + 1, *range(40), BAD])])
+    for name, bad in (("one", BAD), ("both", BAD + 1)):
+        failure = answers[name].failure
+        assert failure is not None
+        assert f"record of token {bad}:" in failure.message
+    assert_idle(engine)
+
+
 def test_a_file_that_was_cut_off_fails_those_beyond_its_end(damaged: tuple[Engine, Table], right: Answers) -> None:
     engine, table = damaged
     path, offset = shard_file(table, BAD)

@@ -16,6 +16,7 @@ from tolserve.metrics import Metrics
 from tolserve.model.build import build_table
 from tolserve.model.checkpoint import Checkpoint, load_transformer, read_fingerprint
 from tolserve.model.config import ModelConfig
+from tolserve.tol.manifest import ENCODING
 from tolserve.tol.pager import Pager
 from tolserve.tol.size import parse_bytes, parse_cache_size
 from tolserve.tol.table import Table, TableError
@@ -135,6 +136,8 @@ def find_table(settings: EngineSettings, model_dir: Path, config: ModelConfig) -
         return _checked(Table.open(beside), fingerprint, settings, config)
     cached = Path(settings.cache_dir) / f"{fingerprint}-{settings.tol_encoding}"
     if not cached.exists():
+        if settings.tol_encoding != ENCODING["name"]:
+            raise TableError(f"--tol-encoding {settings.tol_encoding}: tables are built as {ENCODING['name']} alone")
         if not Checkpoint(model_dir).has_memory_weights():
             raise TableError(
                 f"{model_dir} has neither a table under {beside} nor memory tensors to build one from; give --table"

@@ -111,10 +111,10 @@ class Engine:
     def _fail(self, chunks: list[Chunk], error: RecordsUnavailable) -> list[Output]:
         """Fail the sequences that needed an unreadable record; the others did not advance and run again."""
         failures: list[Output] = []
-        for sequence in [c.sequence for c in chunks if not error.errors.keys().isdisjoint(c.tokens)]:
-            bad = next(token for token in error.errors if token in sequence.tokens)
-            failures.append(Failure(sequence.request_id, "table", str(error.errors[bad])))
-            self.abort(sequence.request_id)
+        for chunk in chunks:
+            if bad := [token for token in chunk.tokens if token in error.errors]:
+                failures.append(Failure(chunk.sequence.request_id, "table", str(error.errors[bad[0]])))
+                self.abort(chunk.sequence.request_id)
         self.metrics.failed.add(len(failures), "table")
         return failures
 

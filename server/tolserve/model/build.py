@@ -1,5 +1,6 @@
 """Tabulation: run every memory FFN once over the vocabulary and write the results as a table (paper eq. 2.9)."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,12 +84,13 @@ def build_table(model_dir: Path, out: Path, *, force: bool = False, progress: Pr
 def stamp(model_dir: Path) -> str:
     """Store the fingerprint in the checkpoint's metadata if it is not there yet, and return it.
 
-    A checkpoint written elsewhere carries none; without the stamp every start would have to hash its weights.
+    A checkpoint written elsewhere carries none; without the stamp every start would have to hash its weights. One in
+    several files, or in a folder that cannot be written, is left as it is.
     """
     fingerprint = read_fingerprint(model_dir)
     path = model_dir / WEIGHTS
     checkpoint = Checkpoint(model_dir)
-    if FINGERPRINT_KEY not in checkpoint.metadata and path.exists():
+    if FINGERPRINT_KEY not in checkpoint.metadata and path.exists() and os.access(model_dir, os.W_OK):
         tensors = {name: checkpoint.read(name).clone() for name in checkpoint.names()}
         save_tensors(path, tensors, checkpoint.metadata | {FINGERPRINT_KEY: fingerprint})
     return fingerprint
