@@ -179,6 +179,15 @@ def test_draws_differ_by_seed_and_choice_and_by_nothing_else(engine_of: OpenEngi
     assert len({tuple(text) for text in texts.values()}) == 3
 
 
+def test_draws_go_by_the_position_in_the_whole_text(engine_of: OpenEngine) -> None:
+    """So a request that is sent again with what it had got goes on as if it had never stopped."""
+    prompt = prompt_of(6, 3)
+    with engine_of(device_cache="50") as engine:
+        whole = serve(engine, [request("r", prompt, 16, temperature=1.5, seed=9)])["r"].tokens
+        rest = serve(engine, [request("r", prompt + whole[:5], 11, temperature=1.5, seed=9)])["r"].tokens
+    assert rest == whole[5:]
+
+
 def test_a_request_that_goes_away_takes_all_it_held_with_it(engine_of: OpenEngine) -> None:
     with engine_of(device_cache="24", max_num_seqs=2, max_num_batched_tokens=8) as engine:
         kept = request("kept", prompt_of(10, 5))

@@ -16,6 +16,7 @@ from tolkernels import gather_rows
 from tolkernels.dispatch import triton_installed, use_triton
 from tolkernels.gather import gather_rows_torch
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half a unit in the last place of a sum, plus as much for the row's own rounding.
 RELATIVE = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -124,7 +125,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     "device",
     [
         "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
+        pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA]),
     ],
 )
 def test_the_kernel_equals_its_twin(device: str) -> None:
@@ -136,7 +137,9 @@ def test_the_kernel_equals_its_twin(device: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not (triton_installed() and torch.cuda.is_available()), reason="needs triton and a CUDA device")
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
 def test_cuda_takes_the_kernel_and_gets_the_twins_bits() -> None:
     rows, slots, residual = (tensor.cuda() for tensor in case(9, 4, 2048, 33, torch.bfloat16, 3))
     assert torch.equal(gather_rows(rows, slots, 2, residual), gather_rows_torch(rows, slots, 2, residual))
