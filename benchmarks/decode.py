@@ -221,7 +221,7 @@ def main() -> None:
     report = machine(args.device)
     report |= {
         "device_cache": {"records": slots, "bytes": slots * table.manifest.record_bytes},
-        "page_cache": "bypassed (O_DIRECT)" if pager and pager.io == "direct" else "in use (buffered reads)",
+        "page_cache": "bypassed (O_DIRECT)" if pager and pager.disk.io == "direct" else "in use (buffered reads)",
         "batches": {str(batch): measure(variants, trace[half:], batch, args) for batch in args.batches},
     }
     write(report, args.out)

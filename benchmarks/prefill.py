@@ -37,8 +37,8 @@ def one(engine: Engine, prompt: tuple[int, ...]) -> dict[str, Any]:
         "stall_ms": 1000 * spent["tol_stall_seconds_total"],
         "read_ms": 1000 * spent["tol_fill_seconds"],
         "reads": spent["tol_fills_total"],
-        "most_reads_outstanding": pager.peak_reads if pager else 0,
-        "io": pager.io if pager else None,
+        "most_reads_outstanding": pager.disk.peak_outstanding if pager else 0,
+        "io": pager.disk.io if pager else None,
     }
 
 

@@ -36,9 +36,7 @@ def deltas_of(tokens: list[int], sizes: list[int], reason: FinishReason = "lengt
         part = tokens[at : at + size]
         at += size
         last = at >= len(tokens)
-        deltas.append(
-            Delta("r", part, USAGE, [scored(t) for t in part], None, reason if last else None)
-        )
+        deltas.append(Delta("r", part, USAGE, [scored(t) for t in part], None, reason if last else None))
         if last:
             break
     return deltas

@@ -19,7 +19,7 @@ from tolserve.model.config import ModelConfig
 ROOT = Path(__file__).parents[2]
 CONTEXT = 512
 KEY = "test-key"
-START_SECONDS = 900.0  # torch alone takes 2 s to import on a quiet machine; shared ones stall
+START_SECONDS = 90.0  # torch alone takes 2 s to import on a quiet machine; shared ones stall
 
 
 @dataclass
@@ -96,7 +96,7 @@ def start_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture(scope="session")
 def server(start_server: Callable[..., Running]) -> Running:
     """Shared by the tests that leave it as they found it: a cache of a fifth of the vocabulary, a short queue."""
-    return start_server("--device-cache", "60", "--max-num-seqs", "32", "--max-queue", "40").wait_ready()
+    return start_server("--device-cache", "60", "--max-num-seqs", "16", "--max-queue", "20").wait_ready()
 
 
 @pytest.fixture(scope="session")

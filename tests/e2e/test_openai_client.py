@@ -218,9 +218,12 @@ def test_leaving_an_unfinished_answer_aborts_it(server: Running) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_more_than_the_queue_holds_is_refused(server: Running, client: OpenAI, stream: bool) -> None:
-    """128 sequences are more than 32 that run and 40 that wait; those already taken are given up too."""
+    """16 sequences run, and of 32 more only 20 may wait. A stream is refused before it begins, with a status."""
+    busy = complete(client, n=16, max_tokens=CONTEXT - 50, stream=True)
+    next(iter(busy))
     with pytest.raises(openai.RateLimitError) as raised:
-        complete(client, prompt=[PROMPT] * 8, n=16, max_tokens=200, stream=stream)
+        complete(client, prompt=[PROMPT] * 2, n=16, stream=stream)
+    busy.close()
     assert raised.value.code == "queue_full"
     assert int(raised.value.response.headers["retry-after"]) > 0
     wait_idle(server)

@@ -16,7 +16,7 @@ from tolserve.engine.sampler import logprobs, sample, uniform
 SLACK = 1e-9  # cumulative sums of another order may fall on the other side of a bound
 
 # Few distinct values among them, so that ties are common.
-logit = st.one_of(st.floats(-30, 30, width=32), st.sampled_from([-1.0, 0.0, 0.5, 2.0]))
+logit = st.one_of(st.floats(-30, 30, width=32), st.floats(-2, 2, width=32), st.sampled_from([-1.0, 0.0, 0.5, 2.0]))
 logit_rows = st.lists(logit, min_size=1, max_size=40).map(lambda values: np.array(values, np.float32))
 params = st.builds(
     SamplingParams,
@@ -52,7 +52,7 @@ def drawn(logits: npt.NDArray[np.float32], params: SamplingParams, top_p: float,
 
 
 @given(logit_rows, params, st.integers(1, 2**20))
-@settings(max_examples=150)
+@settings(max_examples=400)
 def test_a_token_is_drawn_as_by_hand(logits: npt.NDArray[np.float32], params: SamplingParams, position: int) -> None:
     draw = uniform(params.seed, params.choice, position)
     slack = (-SLACK, 0.0, SLACK)
@@ -70,6 +70,13 @@ def test_temperature_0_takes_the_first_best_whatever_the_rest(
 ) -> None:
     greedy = SamplingParams(**vars(params) | {"temperature": 0.0})
     assert sample(torch.from_numpy(logits), greedy, position) == int(np.argmax(logits))
+
+
+def test_min_p_is_a_share_of_the_best_tokens_probability() -> None:
+    """Twenty tokens of 4% each and twenty of 1%: half of 4% is asked for, which no token of 1% has."""
+    logits = torch.tensor([4.0, 1.0] * 20).log()
+    tokens = {sample(logits, SamplingParams(max_tokens=1, min_p=0.5), position) for position in range(300)}
+    assert tokens == set(range(0, 40, 2))
 
 
 def test_greedy_does_not_draw_from_logits_that_overflow_when_divided() -> None:

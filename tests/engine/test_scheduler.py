@@ -123,19 +123,19 @@ def assert_served(load: Load) -> None:
 
 
 @given(loads(distinct=st.one_of(st.none(), st.integers(1, 20)), spare_blocks=st.integers(0, 40)))
-@settings(max_examples=80)
+@settings(max_examples=250)
 def test_everyone_is_served_by_legal_steps(load: Load) -> None:
     assert_served(load)
 
 
 @given(loads(distinct=st.just(1), spare_blocks=st.integers(0, 5)))
-@settings(max_examples=40)
+@settings(max_examples=100)
 def test_one_slot_is_enough(load: Load) -> None:
     assert_served(load)
 
 
 @given(loads(distinct=st.one_of(st.none(), st.integers(1, 4)), spare_blocks=st.integers(0, 2), seqs=9))
-@settings(max_examples=80)
+@settings(max_examples=250)
 def test_a_pool_for_hardly_more_than_one_sequence_serves_all(load: Load) -> None:
     assert_served(load)
 
@@ -155,6 +155,18 @@ def test_blocks_that_run_out_are_taken_from_the_youngest() -> None:
     while old in scheduler.running:
         load.advance(scheduler.schedule())
     assert scheduler.schedule() == [Chunk(young, 0, len(kept))], "what was generated is recomputed, not drawn again"
+
+
+def test_the_youngest_gives_way_and_is_the_next_to_return() -> None:
+    scheduler = scheduler_of(blocks=6, max_seqs=3)
+    old, middle, young, later = sequences = [sequence_of(range(8), 9, arrived=i) for i in range(4)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    load = Load(scheduler, 10, [], random.Random(0))
+    load.advance(scheduler.schedule())
+    assert scheduler.pool.free == 0
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [old, middle], "both grow into what was given up"
+    assert list(scheduler.waiting) == [young, later]
 
 
 def test_sequences_beyond_the_limit_wait_in_order() -> None:
