@@ -34,7 +34,13 @@ def test_wrong_words_end_with_2(argv: list[str], capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    "argv", [["table", "inspect", "/nowhere"], ["table", "build", "/nowhere"], ["serve", "/nowhere"]]
+    "argv",
+    [
+        ["table", "inspect", "/nowhere"],
+        ["table", "build", "/nowhere"],
+        ["serve", "/nowhere"],
+        ["train", "--data", "/nowhere", "--out", "/dev/null/out"],  # the operating system's own error
+    ],
 )
 def test_failures_end_with_1_and_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 1

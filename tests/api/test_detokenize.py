@@ -2,7 +2,7 @@
 
 import itertools
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tolserve.api.detokenize import StopMatcher, Utf8Decoder
@@ -43,6 +43,8 @@ def reference(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
     return text, False
 
 
+@example("xabb", ["abb", "b"], False, [])  # the one that ends first, not the one that begins first
+@example("xab", ["b", "ab"], True, [])  # of those that end together the longest
 @given(SHORT, STOPS, st.booleans(), st.lists(st.integers(0, 100), max_size=8))
 def test_stop_strings_cut_the_same_however_the_text_comes(
     text: str, stops: list[str], include: bool, cuts: list[int]

@@ -84,6 +84,14 @@ def test_a_stop_string_ends_the_choice(tokens: list[int], sizes: list[int], stop
         assert stop == "\ufffd" or stop not in RAW.decode(whole.tokens[:-1], skip_special_tokens=True)
 
 
+def test_the_beginning_of_a_stop_string_that_never_comes_is_shown_at_the_end() -> None:
+    tokens = RAW.encode("The old").ids
+    text = ChoiceText(TOKENIZER, ["old house"], frozenset(), False)
+    pieces = feed_all(text, deltas_of(tokens, [1] * len(tokens)))
+    assert joined(pieces).text == "The old"
+    assert joined(pieces[:-1]).text == "The "
+
+
 @pytest.mark.parametrize("include", [False, True])
 def test_a_stop_token_is_counted_and_shown_only_on_request(include: bool) -> None:
     a, b = RAW.token_to_id("a"), RAW.token_to_id("b")

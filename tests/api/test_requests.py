@@ -2,6 +2,7 @@
 that passes all checks gets 503."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -214,6 +215,23 @@ def test_token_ids_beyond_the_vocabulary(call: Call) -> None:
     assert call("POST", "/detokenize", json={"tokens": [VOCAB_SIZE - 1]}).status_code == 200
     response = call("POST", "/detokenize", json={"tokens": [VOCAB_SIZE]})
     assert (response.status_code, error_of(response)["param"]) == (400, "tokens")
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "name"),
+    [
+        ("/v1/completions", {"prompt": [1, -1]}, "prompt[0][1]"),
+        ("/v1/completions", {"prompt": ["a", 1]}, "prompt[1]"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+        ),
+    ],
+)
+def test_an_error_says_where(call: Call, path: str, changes: dict[str, Any], name: str) -> None:
+    response = post(call, path, CHAT if "chat" in path else COMPLETION, **changes)
+    assert re.match(re.escape(name) + "(:| is missing)", error_of(response)["message"])
 
 
 def test_an_error_repeats_nothing_that_was_sent(call: Call) -> None:

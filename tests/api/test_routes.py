@@ -7,7 +7,6 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 
 from api.wire import CONTEXT, Call, caller, error_of
 from tolserve import __version__
@@ -129,7 +128,7 @@ def test_large_bodies_without_a_length_are_refused(app: FastAPI) -> None:
 
         async def chunks() -> object:
             nonlocal sent
-            while True:
+            for _ in range(8):
                 sent += 2**20
                 yield b"a" * 2**20
 
@@ -153,9 +152,9 @@ def test_every_route_but_two_asks_for_the_key(model_dir: Path) -> None:
     app = create_app(ServeSettings(model=model_dir, api_key="s3cret"))
     call = caller(app)
     app.state.server.engine.failure = "gone"  # so that /metrics has no engine to ask
-    paths = [(m, r.path) for r in app.routes if isinstance(r, APIRoute) for m in r.methods]
-    paths += [("GET", "/nowhere"), ("GET", "/openapi.json"), ("POST", "/v1/completions"), ("GET", "/metrics")]
-    for method, path in paths:
+    paths = [(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods]
+    assert ("POST", "/v1/completions") in paths
+    for method, path in [*paths, ("GET", "/nowhere"), ("GET", "/openapi.json")]:
         if path in ("/health", "/ready"):
             continue
         for header in ({}, {"authorization": "Bearer s3cre"}, {"authorization": "Basic s3cret"}, {"api-key": "s3cret"}):

@@ -117,6 +117,11 @@ def test_the_key_may_come_from_a_file_and_is_never_shown(tmp_path: Path) -> None
     with pytest.raises(OptionError) as raised:
         load("--api-key", "s3cret with spaces")
     assert "s3cret" not in str(raised.value)
+    options = tmp_path / "options.json"
+    options.write_text('{"api-key": ["s3cret"]}')
+    with pytest.raises(OptionError, match="--api-key") as raised:
+        load("--config", options)
+    assert "s3cret" not in str(raised.value)
 
 
 def test_the_engine_gets_its_part_as_plain_json(tmp_path: Path) -> None:
