@@ -5,6 +5,7 @@ snapshots; the API renders the last one it got, so `/metrics` answers when the e
 prometheus_client: the engine runs without it.
 """
 
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,3 +98,23 @@ class Metrics:
     def snapshot(self) -> list[Metric]:
         """All families with their current values; cumulative, to be encoded and sent."""
         return list(self._metrics.values())
+
+
+class ProcessGauges:
+    """What a process itself takes: memory, file descriptors, threads, read from Linux's /proc at each refresh.
+
+    The API and the engine declare the same names and differ in the label.
+    """
+
+    def __init__(self, metrics: Metrics, process: str) -> None:
+        self._series = (process,)
+        self._memory = metrics.gauge("resident_memory_bytes", "Resident memory of a process.", ("process",))
+        self._fds = metrics.gauge("open_fds", "Open file descriptors of a process.", ("process",))
+        self._threads = metrics.gauge("threads", "Threads of a process.", ("process",))
+
+    def refresh(self) -> None:
+        with open("/proc/self/statm") as statm:
+            pages = int(statm.read().split()[1])
+        self._memory.set(pages * os.sysconf("SC_PAGE_SIZE"), *self._series)
+        self._fds.set(len(os.listdir("/proc/self/fd")), *self._series)
+        self._threads.set(len(os.listdir("/proc/self/task")), *self._series)

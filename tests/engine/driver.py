@@ -30,6 +30,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    token_hits: list[bool] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     failure: Failure | None = None
@@ -53,6 +54,7 @@ def collect(answers: Answers, outputs: Iterable[Output]) -> None:
             continue
         answer.tokens += output.tokens
         answer.logprobs += output.logprobs or []
+        answer.token_hits += output.token_hits or []
         if output.prompt_logprobs is not None:
             assert answer.prompt_logprobs is None, "the prompt was scored twice"
             answer.prompt_logprobs = output.prompt_logprobs

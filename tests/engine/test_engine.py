@@ -300,6 +300,32 @@ def test_a_requests_own_numbers_add_up_to_the_servers(engine_of: OpenEngine) -> 
         assert total("request_success_total") == len(usages)
 
 
+def test_every_token_says_whether_its_record_was_there(engine_of: OpenEngine) -> None:
+    prompt = [5, 9, 5, 7]
+    with engine_of(device_cache="20") as engine:
+        answer = serve(engine, [request("r", prompt, 6, token_hits=True)])["r"]
+        seen, expected = set(prompt), [False] * 4  # one step asks for all of the prompt
+        for token in answer.tokens[:-1]:
+            expected.append(token in seen)
+            seen.add(token)
+        assert answer.token_hits == expected
+        assert answer.usage is not None
+        assert answer.usage.hits == sum(expected)
+        new = next(token for token in range(VOCAB) if token not in seen)
+        mixed = serve(engine, [request("again", [*prompt, new], 1, token_hits=True)])["again"]
+        assert mixed.token_hits == [True] * 4 + [False]
+        assert serve(engine, [request("unasked", prompt, 2)])["unasked"].token_hits == []
+
+
+def test_token_hits_cover_every_token_once_under_preemption(engine_of: OpenEngine) -> None:
+    asking = [request(f"r{i}", prompt_of(20 + 5 * i, i), 12, token_hits=True) for i in range(6)]
+    with engine_of(device_cache="40", max_model_len=80, kv_cache=f"{7 * 4096}B", max_num_batched_tokens=40) as engine:
+        answers = serve(engine, asking)
+        assert value(engine.registry, "num_preemptions_total") > 0
+    for each in asking:
+        assert len(answers[each.request_id].token_hits) == len(each.prompt) + 12 - 1
+
+
 def test_what_cannot_be_served_is_refused_and_harms_nobody(engine_of: OpenEngine) -> None:
     with engine_of(device_cache="20", max_model_len=64, max_queue=2, max_num_seqs=1) as engine:
         good = request("good", prompt_of(9, 1))

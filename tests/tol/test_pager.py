@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tol.tables import HeldTable, Records, bytes_in, flip_byte, make_table, open
 from tolserve.metrics import Metrics
 from tolserve.tol.pager import Lease, Pager, RecordsUnavailable
 from tolserve.tol.table import Table
+from tolserve.tol.view import EVICTIONS_KEPT
 
 VOCAB = 24
 
@@ -113,36 +115,71 @@ def test_any_interleaving_hands_out_the_tables_bytes(
         assert_idle(pager, metrics)
 
 
-def reference_lru(trace: list[list[int]], slots: int) -> tuple[list[set[int]], int]:
-    """Hits of each step and the number of evictions, with a list whose front is the oldest."""
-    order: list[int] = []
-    hits, evictions = [], 0
+@dataclass
+class Reference:
+    """LRU with a list whose front is the oldest."""
+
+    order: list[int] = field(default_factory=list)
+    hits: list[set[int]] = field(default_factory=list)  # of each step
+    evicted: list[int] = field(default_factory=list)  # the first one first
+    uses: Counter[int] = field(default_factory=Counter)  # since each came in
+
+
+def reference_lru(trace: list[list[int]], slots: int) -> Reference:
+    run = Reference()
     for step in trace:
         distinct = list(dict.fromkeys(step))
-        present = [token for token in distinct if token in order]
-        hits.append(set(present))
-        order = [token for token in order if token not in present] + present
+        present = [token for token in distinct if token in run.order]
+        run.hits.append(set(present))
+        run.order = [token for token in run.order if token not in present] + present
         for token in distinct:
             if token not in present:
-                if len(order) == slots:
-                    order.remove(next(old for old in order if old not in distinct))
-                    evictions += 1
-                order.append(token)
-    return hits, evictions
+                if len(run.order) == slots:
+                    victim = next(old for old in run.order if old not in distinct)
+                    run.order.remove(victim)
+                    run.evicted.append(victim)
+                    del run.uses[victim]
+                run.order.append(token)
+            run.uses[token] += 1
+    return run
 
 
 @given(st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=6), max_size=30), st.integers(6, 12))
 @settings(max_examples=40)
 def test_one_step_after_another_is_plain_lru(small: tuple[Table, Records], trace: list[list[int]], slots: int) -> None:
-    hits, evictions = reference_lru(trace, slots)
+    run = reference_lru(trace, slots)
     with open_pager(small[0], slots) as (pager, metrics):
-        for step, expected in zip(trace, hits, strict=True):
+        for step, expected in zip(trace, run.hits, strict=True):
             lease = pager.acquire(step)
             assert lease.hits == expected
             lease.wait()
             pager.release(lease)
-        assert value(metrics, "tol_evictions_total", "device") == evictions
-        assert value(metrics, "tol_hits_total") == sum(map(len, hits))
+        assert value(metrics, "tol_evictions_total", "device") == len(run.evicted)
+        assert value(metrics, "tol_hits_total") == sum(map(len, run.hits))
+        view = pager.view(limit=VOCAB)
+        assert (view.slots, view.used) == (slots, len(run.order))
+        assert [record.token for record in view.residents] == run.order[::-1]
+        assert {record.token: record.uses for record in view.residents} == run.uses
+        assert view.evicted == run.evicted[::-1][:EVICTIONS_KEPT]
+        last = set(trace[-1]) if trace else set()
+        assert {record.token for record in view.residents if record.state == "pinned"} == last
+        assert pager.view(limit=2).residents == view.residents[:2]
+
+
+def test_a_view_tells_pinned_and_arriving_records_from_the_others(small: tuple[Table, Records]) -> None:
+    table = HeldTable(small[0])
+    with open_pager(table, 6) as (pager, metrics):
+        for step in ([1, 2], [3]):
+            lease = pager.acquire(step)
+            lease.wait()
+            pager.release(lease)
+        with table.held():
+            pager.prefetch([4])
+            using = pager.acquire([2])
+            states = {record.token: record.state for record in pager.view(10).residents}
+            assert states == {1: "resident", 2: "pinned", 3: "pinned", 4: "arriving"}
+        pager.release(using)
+        assert_idle(pager, metrics)
 
 
 def test_all_series_show_before_anything_happens(small: tuple[Table, Records]) -> None:
@@ -162,7 +199,8 @@ def test_all_series_show_before_anything_happens(small: tuple[Table, Records]) -
         ),
         *(("tol_read_errors_total", (kind,)) for kind in ("io", "short", "checksum")),
     }  # fmt: skip
-    assert series == dict.fromkeys(zero, 0) | {("tol_slots", ("device",)): 4, ("tol_slots", ("host",)): 4}
+    sizes = {("tol_slots", ("device",)): 4, ("tol_slots", ("host",)): 4, ("tol_record_bytes", ()): 1536}
+    assert series == dict.fromkeys(zero, 0) | sizes
 
 
 def test_misses_say_where_the_record_was(small: tuple[Table, Records]) -> None:

@@ -34,6 +34,7 @@ class Piece:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    token_hits: list[bool] | None = None
 
     def extend(self, later: "Piece") -> None:
         self.text += later.text
@@ -41,6 +42,8 @@ class Piece:
         self.offsets += later.offsets
         self.logprobs += later.logprobs
         self.prompt_logprobs = self.prompt_logprobs or later.prompt_logprobs
+        if later.token_hits is not None:
+            self.token_hits = [*(self.token_hits or []), *later.token_hits]
         self.finish_reason, self.usage = later.finish_reason, later.usage
 
 
@@ -62,6 +65,8 @@ class ChoiceText:
         """The next piece; None while there is no certain text to show (what came is part of a later piece)."""
         piece = self._pending
         piece.prompt_logprobs = piece.prompt_logprobs or delta.prompt_logprobs
+        if delta.token_hits is not None:
+            piece.token_hits = [*(piece.token_hits or []), *delta.token_hits]
         ended = delta.finish_reason == "stop"
         for i, token in enumerate(delta.tokens):
             hidden = ended and i == len(delta.tokens) - 1 and token in self._stop_ids
@@ -185,6 +190,9 @@ class Answer:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)  # without the shape's prefix
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def _choice(self, choice: dict[str, Any], piece: Piece) -> dict[str, Any]:
+        return choice if piece.token_hits is None else choice | {"tol": {"hits": piece.token_hits}}
+
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.shape.id_prefix + self.id,
@@ -196,11 +204,11 @@ class Answer:
         }
 
     def whole(self, pieces: dict[int, Piece]) -> dict[str, Any]:
-        choices = [self.shape.whole(index, pieces[index]) for index in sorted(pieces)]
+        choices = [self._choice(self.shape.whole(index, pieces[index]), pieces[index]) for index in sorted(pieces)]
         return self._envelope(self.shape.whole_object, choices) | {"usage": self.usage.to_json()}
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        body = self._envelope(self.shape.chunk_object, [self.shape.chunk(index, piece)])
+        body = self._envelope(self.shape.chunk_object, [self._choice(self.shape.chunk(index, piece), piece)])
         return body | {"usage": None} if self.include_usage else body
 
     def usage_chunk(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Metric snapshots in Prometheus' text format."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -18,7 +19,12 @@ class _Snapshot(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Family]:
-        return (_family(metric) for metric in self._metrics)
+        families: dict[str, Metric] = {}
+        for metric in self._metrics:
+            if (known := families.get(metric.name)) is not None:
+                metric = replace(known, samples=known.samples + metric.samples)
+            families[metric.name] = metric
+        return map(_family, families.values())
 
 
 def _family(metric: Metric) -> Family:
@@ -37,7 +43,7 @@ def _family(metric: Metric) -> Family:
 
 
 def render(metrics: Iterable[Metric]) -> bytes:
-    """The text that a scrape gets."""
+    """The text that a scrape gets. Families of one name are one: the API and the engine both have their process's."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(metrics))
     return generate_latest(registry)

@@ -1,8 +1,9 @@
-"""Everything but generation: models, tokens, health, version, metrics."""
+"""Everything but generation: models, tokens, the cache, health, version, metrics."""
 
+import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response
 
 from tolserve import __version__
@@ -11,6 +12,10 @@ from tolserve.api.chat import read_messages
 from tolserve.api.errors import ApiError
 from tolserve.api.schemas import DetokenizeRequest, TokenizeRequest
 from tolserve.api.state import Server, server_of
+from tolserve.metrics import Metric
+
+# 4,096 records are about 300 KB of JSON and a few milliseconds of the engine's time between two steps.
+MAX_CACHE_LIMIT = 4096
 
 router = APIRouter()
 State = Annotated[Server, Depends(server_of)]
@@ -65,6 +70,25 @@ async def detokenize(body: DetokenizeRequest, server: State) -> dict[str, str]:
     return {"prompt": server.files.tokenizer.decode(body.tokens)}
 
 
+@router.get("/v1/tol/cache")
+async def cache(server: State, limit: Annotated[int, Query(ge=1, le=MAX_CACHE_LIMIT)] = 1024) -> dict[str, Any]:
+    """What the device tier holds: the records that would be evicted last, and what was evicted lately."""
+    server.require_ready()
+    view = await server.engine.cache(limit)
+    if view is None:
+        raise ApiError(404, "this model has no table", code="no_table")
+    text = server.files.tokenizer.label
+    return {
+        "slots": view.slots,
+        "used": view.used,
+        "tokens": [
+            {"id": record.token, "text": text(record.token), "uses": record.uses, "state": record.state}
+            for record in view.residents
+        ],
+        "evicted": [{"id": token, "text": text(token)} for token in view.evicted],
+    }
+
+
 @router.get("/health")
 async def health(server: State) -> Response:
     """200 while the engine process lives."""
@@ -85,9 +109,15 @@ async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
+async def numbers(server: Server) -> list[Metric]:
+    """The engine's numbers and the API's own, as they stand now."""
+    server.process.refresh()
+    server.tasks.set(len(asyncio.all_tasks()))
+    server.engine_up.set(1.0 if server.engine.alive else 0.0)
+    return [*await server.engine.metrics(), *server.metrics.snapshot()]
+
+
 @router.get("/metrics")
 async def prometheus(server: State) -> Response:
-    """The engine's numbers and the API's own, in Prometheus' text format."""
-    server.engine_up.set(1.0 if server.engine.alive else 0.0)
-    families = [*await server.engine.metrics(), *server.metrics.snapshot()]
-    return Response(metrics.render(families), media_type=metrics.CONTENT_TYPE)
+    """All numbers in Prometheus' text format."""
+    return Response(metrics.render(await numbers(server)), media_type=metrics.CONTENT_TYPE)

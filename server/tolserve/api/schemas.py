@@ -152,6 +152,12 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
 
 
+class TolOptions(Wire):
+    """What a request asks of the table."""
+
+    token_hits: bool | None = Field(None, description="say of each token whether its record was in the device tier")
+
+
 class Sampling(Wire):
     """What completions and chat completions have in common. null means the default everywhere."""
 
@@ -170,6 +176,7 @@ class Sampling(Wire):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    tol: TolOptions | None = None
     user: str | None = Field(None, description="an identifier of the client's own; it has no effect")
 
     @model_validator(mode="after")
@@ -177,6 +184,10 @@ class Sampling(Wire):
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("needs_stream", "only allowed with stream: true", {"param": "stream_options"})
         return self
+
+    @property
+    def token_hits(self) -> bool:
+        return self.tol is not None and bool(self.tol.token_hits)
 
     @property
     def include_usage(self) -> bool:

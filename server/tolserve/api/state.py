@@ -15,7 +15,7 @@ from tolserve.api.tokenizer import ModelFiles, Prompt
 from tolserve.engine.client import EngineClient
 from tolserve.engine.messages import Ready
 from tolserve.engine.request import Request, SamplingParams
-from tolserve.metrics import Metrics
+from tolserve.metrics import Metrics, ProcessGauges
 from tolserve.settings import ServeSettings
 
 
@@ -30,6 +30,8 @@ class Server:
     started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     def __post_init__(self) -> None:
+        self.process = ProcessGauges(self.metrics, "api")
+        self.tasks = self.metrics.gauge("api_tasks", "Tasks of the API's event loop.")
         self.engine_up = self.metrics.gauge("engine_up", "1 while the engine process lives, else 0.")
 
     @property
@@ -88,6 +90,8 @@ class Server:
     ) -> list[Choice]:
         """`body.n` sequences for each (prompt, max_tokens), numbered prompt by prompt."""
         self.require_known(body.stop_token_ids or [], "stop_token_ids")
+        if body.token_hits and self.require_ready().encoding is None:
+            raise bad_request("tol", "tol.token_hits: this model has no table")
         group = uuid.uuid4().hex  # a client may reuse its own ids, the engine must never see one twice
         seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
         choices: list[Choice] = []
@@ -124,6 +128,7 @@ class Server:
             ignore_eos=bool(body.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            token_hits=body.token_hits,
         )
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncGenerator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import zmq.asyncio
 
 from tolserve.engine.messages import (
     Abort,
+    AskCache,
     AskMetrics,
+    Cache,
     FromEngine,
     Hello,
     MetricsSnapshot,
@@ -28,9 +31,12 @@ from tolserve.engine.messages import (
 )
 from tolserve.engine.request import Delta, Failure, Request
 from tolserve.metrics import Metric
+from tolserve.tol.view import DeviceView
 
 # A scrape waits this long for fresh numbers; a step of a large prefill can take longer, then the last ones are shown.
 METRICS_TIMEOUT_SECONDS = 1.0
+# Somebody looking into the cache waits as long as a long step may take, then is told to try again.
+CACHE_TIMEOUT_SECONDS = 10.0
 
 
 class EngineError(RuntimeError):
@@ -51,6 +57,8 @@ class EngineClient:
         self.ready: Ready | None = None
         self.failure: str | None = None
         self._answers: dict[str, asyncio.Queue[Delta | Failure]] = {}
+        self._asked: dict[int, asyncio.Future[DeviceView | None]] = {}  # looks into the cache that wait for an answer
+        self._numbers = count()
         self._metrics: list[Metric] = []
         self._fresh_metrics = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -105,6 +113,9 @@ class EngineClient:
             case MetricsSnapshot(metrics=metrics):
                 self._metrics = metrics
                 self._fresh_metrics.set()
+            case Cache(number=number, view=view):
+                if (asked := self._asked.get(number)) is not None and not asked.done():
+                    asked.set_result(view)
             case Progress(delta=answer) | Refusal(failure=answer):
                 if (queue := self._answers.get(answer.request_id)) is not None:
                     queue.put_nowait(answer)
@@ -142,6 +153,23 @@ class EngineClient:
             del self._answers[request.request_id]
             if not finished and self.failure is None:
                 self._socket.send(encode(Abort(request.request_id)))
+
+    async def cache(self, limit: int) -> DeviceView | None:
+        """What the device tier holds, at most `limit` records of it; None for a model without a table.
+
+        Raises EngineError when the engine is gone or too busy to answer.
+        """
+        if self.failure is not None:
+            raise EngineError("dead", self.failure)
+        number = next(self._numbers)
+        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        try:
+            await self._send(AskCache(number, limit))
+            return await asyncio.wait_for(answer, CACHE_TIMEOUT_SECONDS)
+        except TimeoutError:
+            raise EngineError("dead", "the engine did not answer in time; try again") from None
+        finally:
+            del self._asked[number]
 
     async def metrics(self) -> list[Metric]:
         """The engine's numbers: fresh if it answers in time, else the last it sent."""

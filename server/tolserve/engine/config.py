@@ -23,6 +23,7 @@ class EngineSettings:
     max_model_len: int | None = None
     max_queue: int = 256
     kv_cache: str = "auto"
+    threads: int | None = None
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "EngineSettings":

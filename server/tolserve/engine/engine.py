@@ -68,6 +68,7 @@ class Engine:
     def refresh_metrics(self) -> None:
         """Bring gauges up to date between steps, finished fills included."""
         self.metrics.state(self.scheduler)
+        self.metrics.process.refresh()
         if self.pager is not None:
             self.pager.poll()
 
@@ -171,6 +172,7 @@ class Engine:
             scores,
             sequence.prompt_logprobs if first_answer and params.prompt_logprobs is not None else None,
             finish_reason,
+            _new_hits(sequence) if params.token_hits else None,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
@@ -197,6 +199,16 @@ def _count(chunk: Chunk, result: StepResult, lease: Lease | None) -> None:
     chunk.sequence.lookups += len(own)
     chunk.sequence.hits += len(own & lease.hits)
     chunk.sequence.stall += result.stall
+    if chunk.sequence.request.sampling.token_hits:
+        # A preempted sequence runs its tokens again; what counts is how each was found the first time.
+        seen = len(chunk.sequence.token_hits) - chunk.start
+        chunk.sequence.token_hits += [token in lease.hits for token in chunk.tokens[max(seen, 0) :]]
+
+
+def _new_hits(sequence: Sequence) -> list[bool]:
+    new = sequence.token_hits[sequence.hits_reported :]
+    sequence.hits_reported += len(new)
+    return new
 
 
 def _usage(sequence: Sequence) -> Usage:

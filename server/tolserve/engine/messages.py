@@ -4,6 +4,7 @@ import msgspec
 
 from tolserve.engine.request import Delta, Failure, Request
 from tolserve.metrics import Metric
+from tolserve.tol.view import DeviceView
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
@@ -45,8 +46,22 @@ class MetricsSnapshot(msgspec.Struct, tag="metrics", frozen=True):
     metrics: list[Metric]
 
 
-ToEngine = Submit | Abort | Hello | AskMetrics
-FromEngine = Ready | Progress | Refusal | MetricsSnapshot
+class AskCache(msgspec.Struct, tag="ask_cache", frozen=True):
+    """Answered with `Cache` of the same `number`; at most `limit` records."""
+
+    number: int
+    limit: int
+
+
+class Cache(msgspec.Struct, tag="cache", frozen=True):
+    """`view` is None for a model without a table."""
+
+    number: int
+    view: DeviceView | None
+
+
+ToEngine = Submit | Abort | Hello | AskMetrics | AskCache
+FromEngine = Ready | Progress | Refusal | MetricsSnapshot | Cache
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

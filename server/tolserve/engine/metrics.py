@@ -5,7 +5,7 @@ import time
 from tolserve.engine.request import FinishReason
 from tolserve.engine.scheduler import Scheduler
 from tolserve.engine.sequence import Sequence
-from tolserve.metrics import Metrics
+from tolserve.metrics import Metrics, ProcessGauges
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
@@ -32,6 +32,7 @@ class EngineMetrics:
         self.queue_time = metrics.histogram("request_queue_time_seconds", "Arrival to first step", _SECONDS)
         self.prefill_time = metrics.histogram("request_prefill_time_seconds", "First step to first token", _SECONDS)
         self.decode_time = metrics.histogram("request_decode_time_seconds", "First token to last", _SECONDS)
+        self.process = ProcessGauges(metrics, "engine")
 
     def state(self, scheduler: Scheduler) -> None:
         """Refresh what is a state rather than an event."""

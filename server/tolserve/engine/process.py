@@ -20,7 +20,9 @@ from tolserve.engine.config import EngineSettings
 from tolserve.engine.engine import Engine
 from tolserve.engine.messages import (
     Abort,
+    AskCache,
     AskMetrics,
+    Cache,
     FromEngine,
     Hello,
     MetricsSnapshot,
@@ -28,6 +30,7 @@ from tolserve.engine.messages import (
     Ready,
     Refusal,
     Submit,
+    ToEngine,
     decode_to_engine,
     encode,
 )
@@ -64,7 +67,7 @@ class EngineServer:
             except msgspec.MsgspecError:
                 log.error("dropped a frame that is no message")
 
-    def _handle(self, worker: bytes, message: Submit | Abort | Hello | AskMetrics) -> None:
+    def _handle(self, worker: bytes, message: ToEngine) -> None:
         match message:
             case Submit(request=request):
                 if (failure := self.engine.add(request)) is not None:
@@ -80,6 +83,9 @@ class EngineServer:
             case AskMetrics():
                 self.engine.refresh_metrics()
                 self._send(worker, MetricsSnapshot(self.engine.registry.snapshot()))
+            case AskCache(number=number, limit=limit):
+                pager = self.engine.pager
+                self._send(worker, Cache(number, pager.view(limit) if pager is not None else None))
 
     def _ready(self) -> Ready:
         manifest = self.engine.pager.table.manifest if self.engine.pager is not None else None

@@ -21,6 +21,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the token's own and the k best alternatives
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
+    token_hits: bool = False  # say of every token whether its record was in the device tier
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Usage:
 class Delta:
     """New tokens of one sequence and what it has used so far (a client that stops at a string of text needs that at
     any time). `finish_reason` comes with the last one; `prompt_logprobs` (one entry per prompt token, the first None)
-    with the first one. A finished request may carry no new token."""
+    with the first one. `token_hits` has an entry for each token that passed through the layers since the last delta,
+    the prompt's first: a token sampled now gets its own with the next delta, the last one never. A finished request may
+    carry no new token."""
 
     request_id: str
     tokens: list[int]
@@ -66,6 +69,7 @@ class Delta:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
+    token_hits: list[bool] | None = None
 
 
 FailureKind = Literal["invalid", "busy", "table", "engine", "dead"]

@@ -21,6 +21,8 @@ class Sequence:
     last_token: float | None = None
     lookups: int = 0
     hits: int = 0
+    token_hits: list[bool] = field(default_factory=list)  # of tokens that passed through the layers, if asked for
+    hits_reported: int = 0  # of these
     stall: float = 0.0  # seconds
     finish_reason: FinishReason | None = None
 

@@ -44,6 +44,9 @@ class Counters:
         self.stall_seconds = metrics.counter("tol_stall_seconds_total", "Time that steps waited for rows.")
         self.stalled_steps = metrics.counter("tol_stalled_steps_total", "Steps that waited for rows.")
         self.slots = metrics.gauge("tol_slots", "Records a tier can hold.", ("tier",), tiers)
+        self.record_bytes = metrics.gauge(
+            "tol_record_bytes", "Bytes of one record without padding; a tier's bytes are its slots times this."
+        )
         self.slots_used = metrics.gauge("tol_slots_used", "Records in a tier or arriving.", ("tier",), tiers)
         self.slots_pinned = metrics.gauge(
             "tol_slots_pinned",

@@ -5,9 +5,10 @@ aside for them; it notices their arrival (`poll`) and only then counts and maps 
 """
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 from tolserve.metrics import Metrics
@@ -17,6 +18,7 @@ from tolserve.tol.disk import DiskSource
 from tolserve.tol.host import HostTier
 from tolserve.tol.policy import make_policy
 from tolserve.tol.table import Bytes, RecordError, Table
+from tolserve.tol.view import EVICTIONS_KEPT, DeviceView, RecordState, Resident
 
 Cause = Literal["demand", "prefetch", "preload"]
 
@@ -127,8 +129,12 @@ class Pager:
         self._unused: set[int] = set()  # prefetched and not asked for yet
         self._fences: list[Event | None] = [None] * self.slots  # behind the last step that read the slot
         self._copies: dict[int, Event] = {}  # slots whose fill may still be copying on the device
+        self._uses = [0] * self.slots  # steps that asked for the slot's record since it came in
+        self._last_step: frozenset[int] = frozenset()  # tokens of the lease released last
+        self._evicted: deque[int] = deque(maxlen=EVICTIONS_KEPT)
         self._count.slots.set(self.slots, "device")
         self._count.slots.set(self._host.slots, "host")
+        self._count.record_bytes.set(manifest.record_bytes)
 
     def acquire(self, tokens: Sequence[int]) -> Lease:
         """Pin the records of a step's tokens and start the missing reads, all at once.
@@ -179,6 +185,7 @@ class Pager:
     def _pin(self, lease: Lease, token: int) -> None:
         lease.slot_of[token] = self._slot_of[token]
         self._pins[token] = self._pins.get(token, 0) + 1
+        self._uses[self._slot_of[token]] += 1
         self._unused.discard(token)
         self._policy.touch(token)
 
@@ -231,6 +238,7 @@ class Pager:
         if lease not in self._leases:
             return
         self._leases.remove(lease)
+        self._last_step = frozenset(lease.slot_of)
         fence = self.arena.fence()
         for token in lease._pinned():
             self._fences[lease.slot_of[token]] = fence
@@ -273,6 +281,7 @@ class Pager:
             if victim is None:
                 return None
             self._forget(victim)
+            self._evicted.appendleft(victim)
             self._count.evictions.add(1, "device")
         return self._free.pop()
 
@@ -304,6 +313,7 @@ class Pager:
             fill = self._inflight[token] = _Fill(token, slot, cause)
             self.disk.submit(token, deliver)
         self._slot_of[token] = slot
+        self._uses[slot] = 0
         self._policy.insert(token)
         return fill
 
@@ -341,6 +351,20 @@ class Pager:
         self._count.fills.add(1, source, cause)
         self._count.fill_seconds.observe(seconds, source)
         self._count.read_bytes.add(size, source)
+
+    def view(self, limit: int) -> DeviceView:
+        """The `limit` records that would be evicted last, and what was evicted lately."""
+        self.poll()
+        latest = reversed(list(self._policy.keys()))
+        residents = [
+            Resident(token, self._uses[self._slot_of[token]], self._state(token)) for token in islice(latest, limit)
+        ]
+        return DeviceView(self.slots, len(self._slot_of), residents, list(self._evicted))
+
+    def _state(self, token: int) -> RecordState:
+        if token in self._inflight:
+            return "arriving"
+        return "pinned" if token in self._pins or token in self._last_step else "resident"
 
     def check(self) -> None:
         """Raises RuntimeError when maps, free list, pins and policy disagree, naming what does."""

@@ -18,7 +18,9 @@ class Policy(Protocol):
     def victim(self, evictable: Callable[[int], bool]) -> int | None:
         """The key to evict first among those that may be; it stays until `remove`. None if none may be."""
 
-    def keys(self) -> Iterable[int]: ...
+    def keys(self) -> Iterable[int]:
+        """All of them, in the order in which they would be evicted."""
+        ...
 
 
 class LRU:
