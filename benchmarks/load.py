@@ -5,12 +5,15 @@
 
 Every client streams one completion after another, sampled, with prompts of random length from the text; some leave in
 the middle of a stream. Afterwards the server must be idle: nothing pinned, no KV block held, lookups = hits + misses.
+Memory, descriptors, threads and tasks of the server are looked at all the while: over 20 minutes (`--seconds 1200`)
+they must stay where the first minutes took them.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +23,8 @@ import httpx
 from report import machine, write
 
 from tolserve.train.data import read_documents
+
+SAMPLE_SECONDS = 5.0
 
 
 class Tally:
@@ -94,11 +99,29 @@ async def settle(http: httpx.AsyncClient) -> dict[str, float]:
     return metrics
 
 
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and its children, from /proc."""
-    pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-    lines = [line for p in pids for line in Path(f"/proc/{p}/status").read_text().splitlines()]
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+Samples = list[dict[str, float]]
+
+
+async def watch(http: httpx.AsyncClient, samples: Samples) -> None:
+    """What the server takes, every few seconds, until cancelled."""
+    while True:
+        metrics = series((await http.get("/metrics")).text)
+        held = ("resident_memory_bytes", "open_fds", "threads", "api_tasks")
+        samples.append({key: value for key, value in metrics.items() if key.split("{")[0][len("tolserve_") :] in held})
+        await asyncio.sleep(SAMPLE_SECONDS)
+
+
+def steadiness(samples: Samples) -> dict[str, dict[str, float]]:
+    """Per series: at the start, the median of the second tenth of the run (the first one warms up), of the last tenth,
+    and the largest."""
+    tenth = max(len(samples) // 10, 1)
+
+    def facts(key: str) -> dict[str, float]:
+        values = [sample[key] for sample in samples]
+        early, late = statistics.median(values[tenth : 2 * tenth] or values), statistics.median(values[-tenth:])
+        return {"first": values[0], "second_tenth": early, "last_tenth": late, "max": max(values)}
+
+    return {key.removeprefix("tolserve_"): facts(key) for key in samples[0]}
 
 
 def percentile(values: list[float], share: float) -> float | None:
@@ -108,13 +131,15 @@ def percentile(values: list[float], share: float) -> float | None:
 async def main(args: argparse.Namespace) -> dict[str, Any]:
     text = "\n".join(read_documents(args.text))
     tally = Tally()
-    limits = httpx.Limits(max_connections=args.clients + 1)
+    limits = httpx.Limits(max_connections=args.clients + 2)
     async with httpx.AsyncClient(base_url=args.url, timeout=120, limits=limits) as http:
         before = await settle(http)
-        rss_before = resident_bytes(args.pid) if args.pid else None
+        samples: Samples = []
+        watching = asyncio.create_task(watch(http, samples))
         started = time.monotonic()
         await asyncio.gather(*(client(n, http, args, text, tally) for n in range(args.clients)))
         seconds = time.monotonic() - started
+        watching.cancel()
         after = await settle(http)
     names = ("tol_lookups_total", "tol_hits_total", "tol_misses_total", "tol_stall_seconds_total")
     lookups, hits, misses, stall = (total(after, n) - total(before, n) for n in names)
@@ -133,10 +158,8 @@ async def main(args: argparse.Namespace) -> dict[str, Any]:
             name: total(after, name)
             for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "tol_slots_pinned")
         },
-        "resident_mib": {
-            "before": rss_before and rss_before >> 20,
-            "after": args.pid and resident_bytes(args.pid) >> 20,
-        },
+        "samples": len(samples),
+        "steadiness": steadiness(samples),
     }
 
 
@@ -148,7 +171,6 @@ if __name__ == "__main__":
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--leave", type=float, default=0.05, help="share of streams that the client abandons")
-    parser.add_argument("--pid", type=int, help="the server's process, for its memory")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     write(machine() | asyncio.run(main(options)), options.out)
