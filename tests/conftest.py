@@ -1,6 +1,7 @@
 """Fixtures that several test folders share: tiny models, their checkpoints, and quiet determinism."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,29 @@ from tolserve.train.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenize
 # Shared machines stall for seconds, and a deadline would then fail a correct test.
 settings.register_profile("tolserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tolserve")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-tools",
+        action="store_true",
+        help="fail, instead of skipping, where a test needs a program that is not installed",
+    )
+
+
+@pytest.fixture(scope="session")
+def tool(pytestconfig: pytest.Config) -> Callable[[str], str]:
+    """`tool("promtool")`: the program's path. Where it is missing, the test is skipped, or fails (--require-tools)."""
+
+    def find(name: str) -> str:
+        if path := shutil.which(name):
+            return path
+        reason = f"this test runs the program {name}, which is not installed or not on PATH"
+        if pytestconfig.getoption("--require-tools"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+
+    return find
 
 
 @pytest.fixture(scope="session", autouse=True)

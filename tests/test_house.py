@@ -15,11 +15,12 @@ SOURCES = (ROOT / "server", ROOT / "kernels")
 # Which of our own parts each part may import, itself aside. Imports run one way:
 # cli -> api -> engine -> (model, tol) -> kernels; train and study sit beside engine.
 MAY_IMPORT = {
-    "cli": {"settings", "metrics", "api", "engine", "model", "tol", "train", "study"},
+    "cli": {"settings", "metrics", "logs", "api", "engine", "model", "tol", "train", "study"},
     "settings": set(),
     "metrics": set(),
-    "api": {"settings", "metrics", "engine"},
-    "engine": {"metrics", "model", "tol", "kernels"},
+    "logs": set(),
+    "api": {"settings", "metrics", "logs", "engine"},
+    "engine": {"metrics", "logs", "model", "tol", "kernels"},
     "train": {"model", "tol"},
     "study": {"model", "tol"},
     "model": {"tol", "kernels"},
@@ -30,8 +31,8 @@ MAY_IMPORT = {
 NUMERIC = {"torch", "triton", "numpy", "safetensors"}
 BARE_PARTS = ("engine", "tol", "model", "kernels")
 WIRE = {"msgspec", "zmq"}
-WIRE_MODULES = {"tolserve.engine.messages", "tolserve.engine.client", "tolserve.engine.process"}
-WITHOUT_TORCH = ("api", "settings", "metrics")
+WIRE_MODULES = {f"tolserve.engine.{name}" for name in ("messages", "client", "child", "boot", "pulse", "process")}
+WITHOUT_TORCH = ("api", "settings", "metrics", "logs")
 
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 600
@@ -213,7 +214,7 @@ def test_the_api_process_never_imports_torch() -> None:
     names = [module.name for module in modules() if module.part in WITHOUT_TORCH]
     # The command line loads the heavy parts inside the commands that need them.
     names += [module.name for module in modules() if module.name == "tolserve.cli"]
-    names += ["tolserve.engine.client"]
+    names += ["tolserve.engine.client", "tolserve.engine.boot"]
     loaded = run_python(f"import {', '.join(names)}, sys; print(*sys.modules)").split()
     assert set(names) <= set(loaded)
     assert not {"torch", "triton"} & set(loaded)

@@ -7,8 +7,9 @@ prometheus_client: the engine runs without it.
 
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 PREFIX = "tolserve_"
@@ -95,9 +96,46 @@ class Metrics:
     ) -> Metric:
         return self._declare(Metric(PREFIX + name, "histogram", help, labels, bounds), series)
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What happens inside leaves counters and histograms as they were; gauges keep what they became."""
+        before = {metric.name: _copy(metric) for metric in self._metrics.values() if metric.kind != "gauge"}
+        try:
+            yield
+        finally:
+            for name, old in before.items():
+                for sample in self._metrics[name].samples:
+                    was = old.labels(*sample.labels)
+                    sample.value, sample.buckets = was.value, was.buckets
+
     def snapshot(self) -> list[Metric]:
         """All families with their current values; cumulative, to be encoded and sent."""
         return list(self._metrics.values())
+
+
+def merge(past: Sequence[Metric], now: Sequence[Metric]) -> list[Metric]:
+    """The numbers of a process and of those before it: counters and histograms are summed series by series, gauges are
+    `now`'s, and 0 where `now` has none. Both sides stay as they are.
+
+    Raises ValueError for a histogram with other bounds on either side.
+    """
+    merged = {metric.name: _copy(metric) for metric in past}
+    for metric in merged.values():
+        if metric.kind == "gauge":
+            for sample in metric.samples:
+                sample.value = 0.0
+    for metric in now:
+        if (total := merged.setdefault(metric.name, replace(metric, samples=[]))).bounds != metric.bounds:
+            raise ValueError(f"{metric.name} has bounds {metric.bounds} and {total.bounds}")
+        for sample in metric.samples:
+            series = total.labels(*sample.labels)
+            series.value += sample.value
+            series.buckets = [a + b for a, b in zip(series.buckets, sample.buckets, strict=True)]
+    return list(merged.values())
+
+
+def _copy(metric: Metric) -> Metric:
+    return replace(metric, samples=[replace(sample, buckets=list(sample.buckets)) for sample in metric.samples])
 
 
 class ProcessGauges:

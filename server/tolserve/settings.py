@@ -161,6 +161,9 @@ class EngineOptions(Options):
     max_queue: Positive = Field(256, description="waiting sequences at most; further requests get 429")
     cache_dir: Path = Field(default_factory=_default_cache_dir, description="private folder for tables built here")
     kv_cache: Bytes = Field("auto", description="memory for keys and values, bytes with a unit (1GiB)")
+    threads: Positive | None = Field(None, description="CPU threads of the engine; every core it may use if not given")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")
+    log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON")
 
     def engine_json(self) -> dict[str, Any]:
         """The engine's part, as engine.config.EngineSettings reads it."""
@@ -175,7 +178,7 @@ class ServeSettings(EngineOptions):
     api_key: SecretStr | None = Field(None, description="key that every route but /health and /ready asks for")
     api_key_file: Path | None = Field(None, description="file that holds the key, so that no process list shows it")
     served_model_name: str | None = Field(None, min_length=1, description="the model's name; its folder's if not given")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")
+    shutdown_timeout: NotNegativeFloat = Field(25.0, description="seconds that running requests get to finish")
 
     @model_validator(mode="after")
     def _check_key(self) -> Self:

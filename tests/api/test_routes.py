@@ -86,7 +86,7 @@ def test_metrics_answer_when_the_engine_is_dead(app: FastAPI, call: Call) -> Non
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nowhere", 404), ("GET", "/", 404), ("GET", "/v1/models/", 404), ("GET", "/v1/completions", 405)],
+    [("GET", "/nowhere", 404), ("GET", "/console/nowhere", 404), ("GET", "/v1/models/", 404), ("GET", "/v1/completions", 405)],
 )
 def test_unknown_routes_and_methods(call: Call, method: str, path: str, status: int) -> None:
     response = call(method, path)
@@ -148,7 +148,7 @@ def test_request_ids(call: Call) -> None:
         assert re.fullmatch("[0-9a-f]{32}", answered)
 
 
-def test_every_route_but_two_asks_for_the_key(model_dir: Path) -> None:
+def test_every_route_of_the_api_but_two_asks_for_the_key(model_dir: Path) -> None:
     app = create_app(ServeSettings(model=model_dir, api_key="s3cret"))
     call = caller(app)
     app.state.server.engine.failure = "gone"  # so that /metrics has no engine to ask

@@ -28,9 +28,12 @@ class Running:
 
     process: subprocess.Popen[str]
     url: str
+    log: Path  # its standard error
+    temporary: Path  # its folder for temporary files
 
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+        # There is no TLS here, and loading certificates takes longer than a request.
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60, verify=False)
 
     def openai(self, key: str = KEY) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -45,7 +48,7 @@ class Running:
                 except httpx.TransportError:
                     pass
                 time.sleep(0.1)
-        raise RuntimeError(f"the server is not ready; exit status {self.process.poll()}")
+        raise RuntimeError(f"the server is not ready; exit status {self.process.poll()}\n{self.log.read_text()}")
 
     def metric(self, name: str) -> float:
         """Sum over all series of a metric."""
@@ -72,17 +75,22 @@ def model_dir(model_dir_of: Callable[[ModelConfig], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def start_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
-    """`start_server(*options)`: a server on a free port, stopped at the end of the session."""
+    """`start_server(*options, model=...)`: a server on a free port, stopped at the end of the session."""
     started: list[Running] = []
     cache = tmp_path_factory.mktemp("cache")
 
-    def start(*options: str) -> Running:
+    def start(*options: str, model: Path = model_dir) -> Running:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         fixed = ["--port", str(port), "--cache-dir", str(cache), "--served-model-name", "tiny", "--api-key", KEY]
-        argv = tolserve("serve", str(model_dir), *fixed, *options)
-        running = Running(subprocess.Popen(argv, env=environment(), text=True), f"http://127.0.0.1:{port}")
+        argv = tolserve("serve", str(model), *fixed, *options)
+        folder = tmp_path_factory.mktemp("server")
+        log, temporary = folder / "log", folder / "tmp"
+        temporary.mkdir()
+        with log.open("w") as stderr:
+            process = subprocess.Popen(argv, env=environment() | {"TMPDIR": str(temporary)}, stderr=stderr, text=True)
+        running = Running(process, f"http://127.0.0.1:{port}", log, temporary)
         started.append(running)
         return running
 

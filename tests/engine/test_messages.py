@@ -9,6 +9,7 @@ from tolserve.engine.messages import (
     Abort,
     AskMetrics,
     FromEngine,
+    Heartbeat,
     Hello,
     MetricsSnapshot,
     Progress,
@@ -55,7 +56,8 @@ deltas = st.builds(
     st.one_of(st.none(), st.lists(st.one_of(st.none(), scores), max_size=3)),
     st.sampled_from([None, "stop", "length"]),
 )
-failures = st.builds(Failure, ids, st.sampled_from(["invalid", "busy", "table", "engine", "dead"]), st.text())
+kinds = st.sampled_from(["invalid", "busy", "table", "engine", "dead", "stopping"])
+failures = st.builds(Failure, ids, kinds, st.text())
 series = st.builds(Sample, st.lists(ids, max_size=2).map(tuple), floats, st.lists(counts, max_size=4))
 metrics = st.builds(
     Metric,
@@ -74,6 +76,7 @@ from_engine: st.SearchStrategy[FromEngine] = st.one_of(
     st.builds(Progress, deltas),
     st.builds(Refusal, failures),
     st.builds(MetricsSnapshot, st.lists(metrics, max_size=3)),
+    st.builds(Heartbeat, floats),
 )
 
 

@@ -2,15 +2,18 @@
 
 import asyncio
 import logging
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import uvicorn
 from fastapi import FastAPI
 
-from tolserve import __version__
-from tolserve.api import chat, completions, errors, routes
+from tolserve import __version__, logs
+from tolserve.api import chat, completions, console, errors, routes
 from tolserve.api.edge import Auth, BodyLimit, Edge
+from tolserve.api.listener import Listener, TimedProtocol
 from tolserve.api.state import Server
 from tolserve.api.tokenizer import ModelFiles
 from tolserve.engine.client import EngineClient, EngineError
@@ -20,8 +23,8 @@ log = logging.getLogger(__name__)
 
 # Longer than the pauses of a client that works through a conversation, shorter than common proxies' minute.
 KEEP_ALIVE_SECONDS = 30
-# In-flight answers may take this long after SIGTERM; Kubernetes kills after 30 s unless told otherwise.
-SHUTDOWN_SECONDS = 25
+# Once requests were told that the server stops, clients get this long to read it.
+GOODBYE_SECONDS = 2
 # Request line and headers together. h11 would take any size that comes in one event; browsers stay far below.
 HEADER_BYTES = 32 * 1024
 
@@ -51,7 +54,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
     )
     app.state.server = server
     errors.install(app)
-    for part in (completions, chat, routes):
+    for part in (completions, chat, routes, console):
         app.include_router(part.router)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit)
@@ -62,14 +65,16 @@ def create_app(settings: ServeSettings) -> FastAPI:
 
 
 def serve(settings: ServeSettings) -> None:
-    """Serve until SIGINT or SIGTERM. Raises EngineError when the engine ends before it was ever ready."""
+    """Serve until SIGINT or SIGTERM. Ends the process with status 1 when the engine ends before it was ever ready."""
+    logs.configure(settings.log_format, settings.log_level, "api")
+    # As a container's first process it would ignore the signal; until uvicorn takes over, nothing has begun.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = create_app(settings)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http="h11",
+        http=TimedProtocol,
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -78,10 +83,14 @@ def serve(settings: ServeSettings) -> None:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=GOODBYE_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-    asyncio.run(_serve(uvicorn.Server(config), app.state.server))
+    try:
+        asyncio.run(_serve(Listener(config, app.state.server), app.state.server))
+    except EngineError as error:
+        log.critical("%s", error)
+        sys.exit(1)
 
 
 async def _serve(http: uvicorn.Server, server: Server) -> None:
@@ -93,7 +102,7 @@ async def _serve(http: uvicorn.Server, server: Server) -> None:
 
 
 async def _watch_start(http: uvicorn.Server, server: Server) -> None:
-    """A server whose engine cannot start has nothing to offer: end it. One that dies later leaves /metrics standing."""
+    """A server whose engine cannot start has nothing to offer: end it. One that dies later is replaced."""
     while server.engine.ready is None and not http.should_exit:
         if server.engine.failure is not None:
             http.should_exit = True

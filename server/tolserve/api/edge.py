@@ -1,24 +1,31 @@
 """What surrounds every route: request ids, request counts, the API key, the size of a body. Plain ASGI, so that
 streams pass through untouched."""
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import re
+import time
 import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tolserve.api.errors import ApiError
+from tolserve.logs import current_request
 from tolserve.metrics import Metrics
 
 log = logging.getLogger(__name__)
+access = logging.getLogger("tolserve.access")
 
 # 4 MiB hold a batch of 128 prompts of 2,048 token ids with room to spare; uvicorn would take any size.
 MAX_BODY_BYTES = 4 * 2**20
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/"})
+OPEN_FOLDER = "/console/"  # the page at / and its files: static, the same for everybody
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+# Asked every few seconds by machines: their lines are for --log-level debug.
+_PROBES = frozenset({"/health", "/ready", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -30,8 +37,8 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
 
 
 class Edge:
-    """Outermost: gives every answer its x-request-id (the client's own if it is short and plain), counts it by route
-    template, and answers what no handler expected with a 500 that says nothing of the inside."""
+    """Outermost: gives every answer its x-request-id (the client's own if it is short and plain), counts and logs it by
+    route template, and answers what no handler expected with a 500 that says nothing of the inside."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -45,6 +52,8 @@ class Edge:
             return
         given = _header(scope, b"x-request-id")
         request_id = given if given is not None and _SANE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        current_request.set(request_id.decode())
+        began = time.monotonic()
         status = 0
 
         async def send_marked(message: Message) -> None:
@@ -57,28 +66,40 @@ class Edge:
         try:
             await self.app(scope, receive, send_marked)
         except Exception:
-            log.exception("request %s failed", request_id.decode())
+            log.exception("a request failed")
             if status:
                 raise  # the answer has begun; the server closes the connection
             await ApiError(500, "internal error; the server's log says more").response()(scope, receive, send_marked)
+        except asyncio.CancelledError:  # the server stops, and this did not end in time
+            if not status:
+                error = ApiError(503, "the server is stopping", code="stopping")
+                await error.response()(scope, receive, send_marked)
         finally:
-            self._count(scope, status)
+            self._note(scope, status or 499, time.monotonic() - began)  # 499: the client was gone before an answer
 
-    def _count(self, scope: Scope, status: int) -> None:
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count and log an answer. Nothing here is what the client wrote: not the path, but its template."""
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._requests.add(1, route, method, str(status or 499))  # 499: the client was gone before an answer
+        self._requests.add(1, route, method, str(status))
+        about = {"route": route, "method": method, "status": status, "seconds": round(seconds, 6)}
+        if (usage := scope.get("state", {}).get("usage")) is not None:
+            counts = usage.to_json()
+            about |= {name: counts[name] for name in ("prompt_tokens", "completion_tokens")}
+        access.log(logging.DEBUG if route in _PROBES else logging.INFO, "answered", extra=about)
 
 
 class Auth:
-    """Asks every path but OPEN_PATHS for `Authorization: Bearer KEY`. Compares digests, in constant time."""
+    """Asks for `Authorization: Bearer KEY` on every path but the open ones. Compares digests, in constant time."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app = app
         self._digest = hashlib.sha256(key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allowed(scope):
+        path = scope.get("path", "")
+        is_open = path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+        if scope["type"] != "http" or is_open or self._allowed(scope):
             await self.app(scope, receive, send)
             return
         error = ApiError(

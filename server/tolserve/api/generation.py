@@ -219,6 +219,7 @@ async def respond(
     http: HttpRequest, engine: EngineClient, choices: Sequence[Choice], answer: Answer, stream: bool
 ) -> Response:
     """Run the choices and answer. Errors known before the first text have their own status, streaming or not."""
+    http.state.usage = answer.usage  # for the log line of the request
     pieces = run_choices(engine, choices)
     if not stream:
         collected = await until_disconnect(http, _collect(pieces, answer))

@@ -91,7 +91,7 @@ async def cache(server: State, limit: Annotated[int, Query(ge=1, le=MAX_CACHE_LI
 
 @router.get("/health")
 async def health(server: State) -> Response:
-    """200 while the engine process lives."""
+    """200 while an engine answers, and while the first one loads."""
     if not server.engine.alive:
         raise ApiError(503, server.engine.failure or "the engine is gone", code="engine_dead")
     return JSONResponse({"status": "ok"})
@@ -99,7 +99,7 @@ async def health(server: State) -> Response:
 
 @router.get("/ready")
 async def ready(server: State) -> Response:
-    """200 once the model is loaded and requests can be served."""
+    """200 while requests are served: the model is loaded and warm, and the server is not stopping."""
     server.require_ready()
     return JSONResponse({"status": "ready"})
 
@@ -113,7 +113,6 @@ async def numbers(server: Server) -> list[Metric]:
     """The engine's numbers and the API's own, as they stand now."""
     server.process.refresh()
     server.tasks.set(len(asyncio.all_tasks()))
-    server.engine_up.set(1.0 if server.engine.alive else 0.0)
     return [*await server.engine.metrics(), *server.metrics.snapshot()]
 
 

@@ -15,6 +15,7 @@ from tolserve.api.tokenizer import ModelFiles, Prompt
 from tolserve.engine.client import EngineClient
 from tolserve.engine.messages import Ready
 from tolserve.engine.request import Request, SamplingParams
+from tolserve.logs import current_request
 from tolserve.metrics import Metrics, ProcessGauges
 from tolserve.settings import ServeSettings
 
@@ -27,12 +28,12 @@ class Server:
     files: ModelFiles
     engine: EngineClient
     metrics: Metrics = field(default_factory=Metrics)
+    stopping_since: float | None = None  # monotonic; set by the first SIGTERM
     started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     def __post_init__(self) -> None:
         self.process = ProcessGauges(self.metrics, "api")
         self.tasks = self.metrics.gauge("api_tasks", "Tasks of the API's event loop.")
-        self.engine_up = self.metrics.gauge("engine_up", "1 while the engine process lives, else 0.")
 
     @property
     def max_model_len(self) -> int:
@@ -42,7 +43,10 @@ class Server:
         return self.settings.max_model_len or self.files.max_position_embeddings
 
     def require_ready(self) -> Ready:
-        """Raises 503 while the model loads and after the engine's death."""
+        """Raises 503 while the server stops, while the model loads, and from an engine's end to the next one."""
+        if self.stopping_since is not None:
+            # A closed connection makes the client's next attempt find another server behind the same address.
+            raise ApiError(503, "the server is stopping", code="stopping", headers={"connection": "close"})
         if not self.engine.alive:
             raise ApiError(503, self.engine.failure or "the engine is gone", code="engine_dead")
         if self.engine.ready is None:
@@ -92,7 +96,9 @@ class Server:
         self.require_known(body.stop_token_ids or [], "stop_token_ids")
         if body.token_hits and self.require_ready().encoding is None:
             raise bad_request("tol", "tol.token_hits: this model has no table")
-        group = uuid.uuid4().hex  # a client may reuse its own ids, the engine must never see one twice
+        # The HTTP request's id comes first, so that log lines can be joined. A client may reuse its own ids, but the
+        # engine must never see one twice.
+        group = f"{current_request.get() or ''}/{uuid.uuid4().hex}"
         seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
         choices: list[Choice] = []
         for prompt, max_tokens in prompts:

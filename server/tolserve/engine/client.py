@@ -1,42 +1,28 @@
-"""The API's side of the engine: starts the process, sends requests, hands out each request's answers."""
+"""The API's side of the engine: keeps an engine process running, sends it requests, hands out each one's answers."""
 
 import asyncio
-import json
-import subprocess
-import sys
-import tempfile
+import logging
 from collections.abc import AsyncGenerator
-from itertools import count
-from pathlib import Path
 from typing import Any
 
-import zmq
 import zmq.asyncio
 
-from tolserve.engine.messages import (
-    Abort,
-    AskCache,
-    AskMetrics,
-    Cache,
-    FromEngine,
-    Hello,
-    MetricsSnapshot,
-    Progress,
-    Ready,
-    Refusal,
-    Submit,
-    ToEngine,
-    decode_from_engine,
-    encode,
-)
+from tolserve.engine.child import Child, End
+from tolserve.engine.messages import Abort, AskCache, AskMetrics, Cache, MetricsSnapshot, Ready, Submit
 from tolserve.engine.request import Delta, Failure, Request
-from tolserve.metrics import Metric
+from tolserve.metrics import Metric, Metrics, merge
 from tolserve.tol.view import DeviceView
+
+log = logging.getLogger(__name__)
 
 # A scrape waits this long for fresh numbers; a step of a large prefill can take longer, then the last ones are shown.
 METRICS_TIMEOUT_SECONDS = 1.0
 # Somebody looking into the cache waits as long as a long step may take, then is told to try again.
 CACHE_TIMEOUT_SECONDS = 10.0
+# Before a restart: soon after the first death, which may be chance, seldom when an engine cannot stay up.
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+# An engine that served for so long ends the streak of failures.
+STEADY_SECONDS = 60.0
 
 
 class EngineError(RuntimeError):
@@ -48,100 +34,114 @@ class EngineError(RuntimeError):
 
 
 class EngineClient:
-    """One API worker's connection. `start` runs the engine as a child process and returns at once; `ready` is None
-    until the engine has said that it can serve."""
+    """One API worker's connection. `start` runs the engine as a child process and returns at once. An engine that ends
+    or hangs is replaced, again and again; only one that was never ready is not.
+
+    `ready` is None unless the engine answers. `failure` says why no engine answers any more, until one does again.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         """`settings` is the JSON form of engine.config.EngineSettings."""
         self._settings = settings
         self.ready: Ready | None = None
         self.failure: str | None = None
-        self._answers: dict[str, asyncio.Queue[Delta | Failure]] = {}
-        self._asked: dict[int, asyncio.Future[DeviceView | None]] = {}  # looks into the cache that wait for an answer
-        self._numbers = count()
-        self._metrics: list[Metric] = []
-        self._fresh_metrics = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._child: Child | None = None  # the latest incarnation
+        self._past: list[Metric] = []  # what earlier incarnations counted
+        self._own = Metrics()
+        self._up = self._own.gauge("engine_up", "1 while the engine answers, else 0.")
+        self._restarts = self._own.counter(
+            "engine_restarts_total", "Engines that ended and were replaced.", ("reason",), [("exit",), ("hang",)]
+        )
 
     @property
     def alive(self) -> bool:
+        """False from an engine's end until the next one is ready."""
         return self.failure is None
 
     def start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="tolserve-")  # mode 0700: only this user can connect
-        address = f"ipc://{Path(self._folder.name) / 'engine.sock'}"
-        # The engine watches its standard input: when this process dies, the pipe closes and it stops too.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tolserve.engine.process"], stdin=subprocess.PIPE, text=True
-        )
-        if self._process.stdin is not None:
-            self._process.stdin.write(json.dumps({"address": address} | self._settings) + "\n")
-            self._process.stdin.flush()
+        """To be called on the main thread, in a running event loop. Raises OSError when no process can be started."""
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.connect(address)
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        self._child = Child(self._context, self._settings, self._became_ready)
+        self._supervisor = asyncio.create_task(self._supervise(self._child))
+        self._supervisor.add_done_callback(self._unsupervised)
+
+    def _became_ready(self, ready: Ready) -> None:
+        if self.failure is not None:
+            log.info("the engine is ready again")
+        self.ready, self.failure = ready, None
+
+    async def _supervise(self, child: Child) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        ever_ready = False
+        while True:
+            end = await child.watch()
+            ever_ready |= child.ready_since is not None
+            self._fell(child, end, ever_ready)
+            await child.close()
+            if not ever_ready:
+                return
+            if child.ready_for >= STEADY_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            child, pause = await self._replace(pause)
+
+    def _unsupervised(self, supervisor: asyncio.Task[None]) -> None:
+        """A fault in here must not look like an engine that is about to come back."""
+        if not supervisor.cancelled() and (error := supervisor.exception()) is not None:
+            self.ready, self.failure = None, "the engine is not supervised any more; restart the server"
+            log.critical("%s", self.failure, exc_info=error)
+
+    def _fell(self, child: Child, end: End, restart: bool) -> None:
+        """Tell everyone who waits, and keep what the incarnation counted."""
+        self.ready = None
+        self.failure = end.message + ("; it is being restarted" if restart else "")
+        log.error("%s", self.failure)
+        child.fail("dead", self.failure)
+        self._past = merge(self._past, child.metrics)
+        if restart:
+            self._restarts.add(1, end.reason)
+
+    async def _replace(self, pause: float) -> tuple[Child, float]:
+        """The next incarnation, and how long to wait before the one after it."""
+        while True:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            try:
+                self._child = Child(self._context, self._settings, self._became_ready)
+            except OSError as error:
+                log.error("no engine process can be started: %s", error)
+            else:
+                return self._child, pause
 
     async def stop(self) -> None:
-        """Close the pipe that keeps the engine alive and wait for it to end."""
-        for task in self._tasks:
-            task.cancel()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            await asyncio.to_thread(self._process.wait, 10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        """End the engine, after the step that it is in, and the supervision."""
+        if self._child is None:
+            return
+        self._supervisor.cancel()
+        await asyncio.gather(self._supervisor, return_exceptions=True)
+        await self._child.stop()
         self._context.destroy(linger=0)
-        self._folder.cleanup()
 
-    async def _send(self, message: ToEngine) -> None:
-        await self._socket.send(encode(message))
+    def kill(self) -> None:
+        """End the engine at once, for a process that is about to end itself."""
+        if self._child is not None:
+            self._child.kill()
 
-    async def _receive(self) -> None:
-        await self._send(Hello())
-        while True:
-            self._dispatch(decode_from_engine(await self._socket.recv()))
-
-    def _dispatch(self, message: FromEngine) -> None:
-        match message:
-            case Ready():
-                self.ready = message
-            case MetricsSnapshot(metrics=metrics):
-                self._metrics = metrics
-                self._fresh_metrics.set()
-            case Cache(number=number, view=view):
-                if (asked := self._asked.get(number)) is not None and not asked.done():
-                    asked.set_result(view)
-            case Progress(delta=answer) | Refusal(failure=answer):
-                if (queue := self._answers.get(answer.request_id)) is not None:
-                    queue.put_nowait(answer)
-
-    async def _watch(self) -> None:
-        """Notice the engine's death and fail everyone who waits for it."""
-        while (code := self._process.poll()) is None:
-            await asyncio.sleep(0.1)
-        self.ready = None
-        self.failure = f"the engine process ended with exit code {code}"
-        for request_id, queue in self._answers.items():
-            queue.put_nowait(Failure(request_id, "dead", self.failure))
-        self._fresh_metrics.set()
+    def give_up(self, message: str) -> None:
+        """Fail every request that still runs, because the server stops."""
+        if self._child is not None:
+            self._child.fail("stopping", message)
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Submit a request and yield its deltas, the last one with `finish_reason` and `usage`.
 
         Raises EngineError when the engine refuses, fails or dies. Closing the iterator early aborts the request.
         """
-        if self.failure is not None:
-            raise EngineError("dead", self.failure)
+        child = self._answering()
         queue: asyncio.Queue[Delta | Failure] = asyncio.Queue()
-        self._answers[request.request_id] = queue
+        child.answers[request.request_id] = queue
         finished = False
         try:
-            await self._send(Submit(request))
+            await child.send(Submit(request))
             while not finished:
                 answer = await queue.get()
                 if isinstance(answer, Failure):
@@ -150,34 +150,31 @@ class EngineClient:
                 finished = answer.finish_reason is not None
                 yield answer
         finally:
-            del self._answers[request.request_id]
-            if not finished and self.failure is None:
-                self._socket.send(encode(Abort(request.request_id)))
+            del child.answers[request.request_id]
+            if not finished and child is self._child and self.failure is None:
+                child.post(Abort(request.request_id))
+
+    def _answering(self) -> Child:
+        """Raises EngineError while no engine answers. One that loads for the first time counts: it will."""
+        if self._child is None or self.failure is not None:
+            raise EngineError("dead", self.failure or "the engine was not started")
+        return self._child
 
     async def cache(self, limit: int) -> DeviceView | None:
         """What the device tier holds, at most `limit` records of it; None for a model without a table.
 
         Raises EngineError when the engine is gone or too busy to answer.
         """
-        if self.failure is not None:
-            raise EngineError("dead", self.failure)
-        number = next(self._numbers)
-        answer = self._asked[number] = asyncio.get_running_loop().create_future()
-        try:
-            await self._send(AskCache(number, limit))
-            return await asyncio.wait_for(answer, CACHE_TIMEOUT_SECONDS)
-        except TimeoutError:
-            raise EngineError("dead", "the engine did not answer in time; try again") from None
-        finally:
-            del self._asked[number]
+        answer = await self._answering().ask(AskCache(limit), Cache, CACHE_TIMEOUT_SECONDS)
+        if answer is None:
+            raise EngineError("dead", self.failure or "the engine did not answer in time; try again")
+        return answer.view
 
     async def metrics(self) -> list[Metric]:
-        """The engine's numbers: fresh if it answers in time, else the last it sent."""
-        if self.failure is None:
-            self._fresh_metrics.clear()
-            await self._send(AskMetrics())
-            try:
-                await asyncio.wait_for(self._fresh_metrics.wait(), METRICS_TIMEOUT_SECONDS)
-            except TimeoutError:
-                pass
-        return self._metrics
+        """The numbers of all incarnations together, fresh if the engine answers in time, else the last it sent; and how
+        it has lived. Counters never fall; gauges are 0 while no engine answers."""
+        if self._child is not None and self.ready is not None:
+            await self._child.ask(AskMetrics(), MetricsSnapshot, METRICS_TIMEOUT_SECONDS)
+        now = self._child.metrics if self._child is not None and self.ready is not None else []
+        self._up.set(1.0 if self.ready is not None else 0.0)
+        return [*merge(self._past, now), *self._own.snapshot()]

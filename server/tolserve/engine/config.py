@@ -24,6 +24,8 @@ class EngineSettings:
     max_queue: int = 256
     kv_cache: str = "auto"
     threads: int | None = None
+    log_format: str = "auto"
+    log_level: str = "info"
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "EngineSettings":

@@ -42,26 +42,30 @@ class Refusal(msgspec.Struct, tag="refusal", frozen=True):
     failure: Failure
 
 
+class Heartbeat(msgspec.Struct, tag="heartbeat", frozen=True):
+    """The engine process runs; the step that runs now has taken so long, 0 when idle. Comes on a socket of its own."""
+
+    step_seconds: float
+
+
 class MetricsSnapshot(msgspec.Struct, tag="metrics", frozen=True):
     metrics: list[Metric]
 
 
 class AskCache(msgspec.Struct, tag="ask_cache", frozen=True):
-    """Answered with `Cache` of the same `number`; at most `limit` records."""
+    """Answered with `Cache`; at most `limit` records."""
 
-    number: int
     limit: int
 
 
 class Cache(msgspec.Struct, tag="cache", frozen=True):
     """`view` is None for a model without a table."""
 
-    number: int
     view: DeviceView | None
 
 
 ToEngine = Submit | Abort | Hello | AskMetrics | AskCache
-FromEngine = Ready | Progress | Refusal | MetricsSnapshot | Cache
+FromEngine = Ready | Progress | Refusal | MetricsSnapshot | Cache | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

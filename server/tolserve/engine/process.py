@@ -1,15 +1,10 @@
-"""The engine process: a step loop around a ROUTER socket. Run as `python -m tolserve.engine.process`.
+"""The engine process: a step loop around a ROUTER socket. engine/boot.py starts it.
 
-Its settings arrive as one JSON line on standard input, which then stays open: when the parent is gone the pipe closes
-and the engine ends. Nothing of a request but its id ever enters a log line.
+Nothing of a request but its id ever enters a log line.
 """
 
-import json
 import logging
-import os
-import signal
 import sys
-import threading
 from typing import Any
 
 import msgspec
@@ -34,30 +29,33 @@ from tolserve.engine.messages import (
     decode_to_engine,
     encode,
 )
-from tolserve.engine.request import Delta, Failure
+from tolserve.engine.pulse import Pulse
+from tolserve.engine.request import Delta, Failure, Request, SamplingParams
 from tolserve.model.checkpoint import CheckpointError
 from tolserve.model.config import ConfigError
 from tolserve.tol.table import TableError
 
 log = logging.getLogger(__name__)
 
-IDLE_POLL_MS = 1000  # an idle engine sleeps in poll; the limit only bounds how long a stopping one takes
-
 
 class EngineServer:
     """Moves messages between the socket and the engine, a step at a time."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket[bytes]) -> None:
-        self.engine, self.socket = engine, socket
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], pulse: Pulse) -> None:
+        self.engine, self.socket, self.pulse = engine, socket, pulse
         self._worker_of: dict[str, bytes] = {}  # request id -> the API worker that waits for it
 
-    def run(self, stopping: threading.Event) -> None:
-        while not stopping.is_set():
-            if not self.engine.busy:
-                self.socket.poll(IDLE_POLL_MS)
+    def run(self, lifeline: int) -> None:
+        """Serve until `lifeline`, the read end of a pipe that nothing is written to, is closed on its other end."""
+        poller = zmq.Poller()
+        poller.register(self.socket, zmq.POLLIN)
+        poller.register(lifeline, zmq.POLLIN)
+        while lifeline not in dict(poller.poll(0 if self.engine.busy else None)):
+            self.pulse.step_begins()
             self._receive_all()
             for output in self.engine.step():
                 self._send_output(output)
+            self.pulse.step_ends()
 
     def _receive_all(self) -> None:
         while self.socket.poll(0):
@@ -83,9 +81,9 @@ class EngineServer:
             case AskMetrics():
                 self.engine.refresh_metrics()
                 self._send(worker, MetricsSnapshot(self.engine.registry.snapshot()))
-            case AskCache(number=number, limit=limit):
+            case AskCache(limit=limit):
                 pager = self.engine.pager
-                self._send(worker, Cache(number, pager.view(limit) if pager is not None else None))
+                self._send(worker, Cache(pager.view(limit) if pager is not None else None))
 
     def _ready(self) -> Ready:
         manifest = self.engine.pager.table.manifest if self.engine.pager is not None else None
@@ -100,19 +98,29 @@ class EngineServer:
         worker = self._worker_of[output.request_id]
         if isinstance(output, Failure) or output.finish_reason is not None:
             del self._worker_of[output.request_id]
+        if isinstance(output, Failure):
+            # The HTTP request's id comes before the slash, see api/state.py.
+            about = {"request_id": output.request_id.partition("/")[0], "kind": output.kind}
+            log.warning("a request failed: %s", output.message, extra=about)
         self._send(worker, Refusal(output) if isinstance(output, Failure) else Progress(output))
 
     def _send(self, worker: bytes, message: FromEngine) -> None:
         self.socket.send_multipart([worker, encode(message)])
 
 
-def _stop_when_parent_is_gone(stopping: threading.Event) -> None:
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    stopping.set()
+def warm_up(engine: Engine) -> None:
+    """Run a tiny request through prefill and decode: what is compiled, allocated or loaded at its first use is there
+    when the first client comes. It shows in no counter."""
+    sampling = SamplingParams(max_tokens=min(2, engine.max_model_len - 1), temperature=0.0, ignore_eos=True)
+    with engine.registry.uncounted():
+        failed = engine.add(Request("warm-up", (0,), sampling))
+        while engine.busy:
+            failed = next((output for output in engine.step() if isinstance(output, Failure)), failed)
+    if failed is not None:  # a record that cannot be read, say: others can
+        log.warning("the warm-up failed: %s", failed.message)
 
 
-def serve(raw: dict[str, Any]) -> None:
+def serve(raw: dict[str, Any], pulse: Pulse) -> None:
     """Bind, load, serve until standard input closes."""
     address = raw.pop("address")
     context = zmq.Context()
@@ -122,27 +130,22 @@ def serve(raw: dict[str, Any]) -> None:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 0)
     socket.bind(address)
-    use_threads()
-    engine = assemble(EngineSettings.from_json(raw))
-    stopping = threading.Event()
-    threading.Thread(target=_stop_when_parent_is_gone, args=(stopping,), daemon=True).start()
+    settings = EngineSettings.from_json(raw)
+    use_threads(settings.threads)
+    engine = assemble(settings)
+    warm_up(engine)
     try:
-        EngineServer(engine, socket).run(stopping)
+        EngineServer(engine, socket, pulse).run(sys.stdin.fileno())
     finally:
         engine.close()
         context.destroy(linger=0)
 
 
-def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal signals the whole group; the parent decides
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s", stream=sys.stderr)
+def run(raw: dict[str, Any], pulse: Pulse) -> int:
+    """`serve` with an exit status: 2 for a model or a table that cannot be served, which the log names."""
     try:
-        serve(json.loads(sys.stdin.readline()))
+        serve(raw, pulse)
     except (ConfigError, CheckpointError, TableError, SettingsError, ValueError) as error:
-        print(f"tolserve: {error}", file=sys.stderr)
+        log.error("%s", error)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

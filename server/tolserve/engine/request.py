@@ -72,13 +72,13 @@ class Delta:
     token_hits: list[bool] | None = None
 
 
-FailureKind = Literal["invalid", "busy", "table", "engine", "dead"]
+FailureKind = Literal["invalid", "busy", "table", "engine", "dead", "stopping"]
 
 
 @dataclass(frozen=True)
 class Failure:
     """One request failed; others go on. `kind`: "invalid" is the client's doing, "busy" the queue's, "table" a record
-    that could not be read, "engine" ours, "dead" that the engine process is gone."""
+    that could not be read, "engine" ours, "dead" that the engine process is gone, "stopping" that the server is."""
 
     request_id: str
     kind: FailureKind
