@@ -14,7 +14,7 @@ import yaml
 from panels import DEPLOY, Prometheus, prometheus
 
 from e2e.conftest import KEY, Running
-from e2e.test_processes import engine_of
+from e2e.test_lifecycle import engine_of
 from tolserve.model.build import build_table
 from tolserve.tol.table import Table
 
