@@ -86,7 +86,7 @@ def test_metrics_answer_when_the_engine_is_dead(app: FastAPI, call: Call) -> Non
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nowhere", 404), ("GET", "/console/nowhere", 404), ("GET", "/v1/models/", 404), ("GET", "/v1/completions", 405)],
+    [("GET", "/no", 404), ("GET", "/console/x", 404), ("GET", "/v1/models/", 404), ("GET", "/v1/completions", 405)],
 )
 def test_unknown_routes_and_methods(call: Call, method: str, path: str, status: int) -> None:
     response = call(method, path)

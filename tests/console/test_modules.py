@@ -47,8 +47,8 @@ def histogram(*counts: int) -> str:
 
 def test_rates_and_quantiles_between_two_scrapes(page: Page) -> None:
     before = 'n{a="1"} 10\nn{a="2"} 5\n' + histogram(1, 1, 1, 1)
-    after = 'n{a="1"} 13\nn{a="2"} 5\nn{a="3"} 2\n' + histogram(1, 11, 11, 11)
-    assert page.evaluate(RATES, [before, after]) == [5, 0, None, *map(pytest.approx, (0.15, 0.19, 0.2))]
+    after = 'n{a="1"} 13\nn{a="2"} 5\nn{a="3"} 2\n' + histogram(3, 11, 11, 11)
+    assert page.evaluate(RATES, [before, after]) == [5, 0, None, *map(pytest.approx, (0.1375, 0.1875, 0.2))]
     # Counters that fell began anew at zero.
     restarted = 'n{a="1"} 4\nn{a="2"} 6\n' + histogram(0, 0, 4, 5)
     assert page.evaluate(RATES, [after, restarted]) == [5, 1, None, pytest.approx(0.325), 0.4, 0.4]
