@@ -27,6 +27,13 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "deploy" / "ray" / "serve.yaml"
 START_SECONDS = 180.0  # 10 s on a quiet machine
 _CLONE_NEWNET = 0x40000000
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "disabled",  # else it depends on a token in this user's home; nobody else sees this network
+    # Ray replaces a proxy that is late, and shared machines stall for seconds.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
 # The shell is the namespace's first process: it takes the ended processes that nobody waits for off the list.
 _START = """
 ray start --head --node-ip-address=127.0.0.1 --temp-dir="$0" --num-cpus=8 --object-store-memory=80000000 \\
@@ -63,6 +70,7 @@ def shipped_config() -> dict[str, Any]:
 class Cluster:
     """A running Ray with its applications."""
 
+    process: subprocess.Popen[bytes]
     url: str
     headers: dict[str, str]
     log: Path
@@ -86,7 +94,7 @@ class Cluster:
     def wait_for(self, replicas: int, path: str = "", but: frozenset[str] = frozenset()) -> set[str]:
         """The ids of this many replicas with a live engine, none of them in `but`. RuntimeError if they never come."""
         deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 up = {replica for replica, value in self.by_replica("tolserve_engine_up", path).items() if value == 1}
                 if len(up - but) == len(up) == replicas:
@@ -118,7 +126,7 @@ def ray_serve(config: dict[str, Any], headers: dict[str, str] | None = None) -> 
     """Run the applications of `config` until the end of the block. Call it inside `own_network`."""
     paths = os.pathsep.join(str(ROOT / part) for part in ("deploy/ray", "server", "kernels"))
     commands = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    environment = os.environ | {"PYTHONPATH": paths, "PATH": commands, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": paths, "PATH": commands} | _ENVIRONMENT
     # A short path: the names of Ray's sockets must stay below 108 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as name:
         folder = Path(name)
@@ -133,7 +141,7 @@ def ray_serve(config: dict[str, Any], headers: dict[str, str] | None = None) -> 
                 start_new_session=True,
             )
         try:
-            yield Cluster(f"http://127.0.0.1:{config['http_options']['port']}", headers or {}, folder / "log")
+            yield Cluster(process, f"http://127.0.0.1:{config['http_options']['port']}", headers or {}, folder / "log")
         finally:
             # unshare ends when the first process of the namespace has, and with it all others.
             for child in _children(process.pid):

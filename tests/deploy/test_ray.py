@@ -35,7 +35,7 @@ LONG = {"prompt": "The old house", "max_tokens": CONTEXT - 100, "ignore_eos": Tr
 
 @pytest.fixture(scope="module")
 def cluster(model_dir_of: Callable[[ModelConfig], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The shipped configuration with two replicas of the tiny model."""
+    """The shipped configuration with a tiny model, one replica at first, and quick decisions."""
     config = shipped_config()
     (application,) = config["applications"]
     application["args"] |= {
@@ -46,9 +46,10 @@ def cluster(model_dir_of: Callable[[ModelConfig], Path], tmp_path_factory: pytes
         "threads": 1,
     }
     (deployment,) = application["deployments"]
-    deployment["autoscaling_config"] |= {"min_replicas": 2, "max_replicas": 2}
+    scaling = {"max_replicas": 2, "target_ongoing_requests": 8, "upscale_delay_s": 1}
+    deployment["autoscaling_config"] |= scaling | {"metrics_interval_s": 1, "look_back_period_s": 2}
     with own_network(), ray_serve(config, HEADERS) as running:
-        running.wait_for(2)
+        running.wait_for(1)
         yield running
 
 
@@ -74,9 +75,10 @@ def async_client(cluster: Cluster) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=cluster.url, headers=HEADERS, timeout=60)
 
 
-async def short_requests(cluster: Cluster, count: int) -> list[httpx.Response]:
+async def short_requests(cluster: Cluster, count: int, **fields: Any) -> list[httpx.Response]:
     async with async_client(cluster) as client:
-        return list(await asyncio.gather(*(completion(client, prompt=f"House {i}") for i in range(count))))
+        asked = (completion(client, prompt=f"House {number}", **fields) for number in range(count))
+        return list(await asyncio.gather(*asked))
 
 
 async def stream(client: httpx.AsyncClient, started: asyncio.Event | None = None, **fields: Any) -> str:
@@ -109,21 +111,36 @@ def eventually(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.1)
 
 
-def test_both_replicas_answer_and_one_scrape_shows_both(cluster: Cluster) -> None:
+@pytest.fixture(scope="module")
+def two(cluster: Cluster) -> Cluster:
+    """The cluster once load has brought a second replica; the shipped configuration keeps it for ten minutes."""
+
+    def grown() -> bool:
+        answers = asyncio.run(short_requests(cluster, 40, max_tokens=60))
+        assert {answer.status_code for answer in answers} == {200}
+        return len(cluster.by_replica("tolserve_engine_up")) == 2
+
+    eventually(grown, seconds=90)
+    return cluster
+
+
+def test_both_replicas_answer_and_one_scrape_shows_both(two: Cluster) -> None:
+    def counted() -> dict[str, float]:
+        return two.by_replica("tolserve_generation_tokens_total")
+
+    before = counted()
     answers: list[httpx.Response] = []
 
-    def counted() -> list[float]:
-        return list(cluster.by_replica("tolserve_generation_tokens_total").values())
+    def both_gained() -> bool:  # the proxy may hear of the second replica a moment after the first
+        answers.extend(asyncio.run(short_requests(two, 40)))
+        now = counted()
+        return all(now[replica] > before[replica] for replica in before)
 
-    def both_work() -> bool:  # the proxy may hear of the second replica a moment after the first
-        answers.extend(asyncio.run(short_requests(cluster, 40)))
-        return min(counted()) > 0
-
-    eventually(both_work)
+    eventually(both_gained)
+    assert len(before) == 2
     assert {answer.status_code for answer in answers} == {200}
     used = sum(answer.json()["usage"]["completion_tokens"] for answer in answers)
-    eventually(lambda: sum(counted()) == used, seconds=5)
-    assert len(counted()) == 2
+    eventually(lambda: sum(counted().values()) - sum(before.values()) == used, seconds=5)
 
 
 def test_the_servers_own_answers_come_through(cluster: Cluster) -> None:
@@ -167,17 +184,17 @@ def test_a_client_that_leaves_ends_its_request(cluster: Cluster) -> None:
     assert sum(cluster.by_replica("tolserve_generation_tokens_total").values()) - tokens < LONG["max_tokens"]
 
 
-def test_a_dead_engine_fails_no_request_that_came_after_it(cluster: Cluster) -> None:
+def test_a_dead_engine_fails_no_request_that_came_after_it(two: Cluster) -> None:
     replica, engine = next(iter(replicas_here().items()))
     os.kill(engine, signal.SIGKILL)
-    eventually(lambda: 0 in cluster.by_replica("tolserve_engine_up").values(), seconds=5)
-    answers = asyncio.run(short_requests(cluster, 24))
+    eventually(lambda: 0 in two.by_replica("tolserve_engine_up").values(), seconds=5)
+    answers = asyncio.run(short_requests(two, 24))
     assert [answer.status_code for answer in answers] == [200] * 24
-    cluster.wait_for(2)
+    two.wait_for(2)
     assert replica in replicas_here(), "Ray replaced a replica whose engine was to come back"
 
 
-async def long_and_short_requests(cluster: Cluster, kill: Callable[[], None]) -> tuple[list[Any], list[int]]:
+async def long_and_short_requests(two: Cluster, kill: Callable[[], None]) -> tuple[list[Any], list[int]]:
     """What eight long streams ended with, and the status of each short request that ran beside them."""
     short: list[int] = []
     events = [asyncio.Event() for _ in range(8)]
@@ -186,7 +203,7 @@ async def long_and_short_requests(cluster: Cluster, kill: Callable[[], None]) ->
         while not until.is_set():
             short.append((await completion(client)).status_code)
 
-    async with async_client(cluster) as client:
+    async with async_client(two) as client:
         done = asyncio.Event()
         streams = [asyncio.create_task(stream(client, event, **LONG)) for event in events]
         await asyncio.gather(*(event.wait() for event in events))
@@ -198,20 +215,20 @@ async def long_and_short_requests(cluster: Cluster, kill: Callable[[], None]) ->
     return outcomes, short
 
 
-def test_a_dead_replica_fails_its_own_requests_alone_and_is_replaced(cluster: Cluster) -> None:
-    old = cluster.wait_for(2)
+def test_a_dead_replica_fails_its_own_requests_alone_and_is_replaced(two: Cluster) -> None:
+    old = two.wait_for(2)
     had: dict[str, float] = {}
 
     def kill() -> None:
-        eventually(lambda: sum(running(cluster).values()) == 8, seconds=3)
-        had.update(running(cluster))
+        eventually(lambda: sum(running(two).values()) == 8, seconds=3)
+        had.update(running(two))
         replica, engine = next(iter(replicas_here().items()))
         os.kill(replica, signal.SIGKILL)
         eventually(lambda: not Path(f"/proc/{engine}").exists(), seconds=5)
 
-    outcomes, short = asyncio.run(long_and_short_requests(cluster, kill))
+    outcomes, short = asyncio.run(long_and_short_requests(two, kill))
     whole = [outcome for outcome in outcomes if isinstance(outcome, str)]
-    now = cluster.wait_for(2)
+    now = two.wait_for(2)
     (dead,) = old - now
     assert sum(had.values()) == 8
     assert 0 < had[dead] < 8
