@@ -37,3 +37,13 @@ def test_a_scrape_reads_back_what_was_counted() -> None:
         ("tolserve_wait_seconds_count",): 4,
         ("tolserve_wait_seconds_sum",): 20.65,
     }
+
+
+def test_a_family_that_two_processes_have_is_one() -> None:
+    engine, api = Metrics(), Metrics()
+    for metrics, kind, count in ((engine, "table", 2), (api, "dead", 3)):
+        metrics.counter("failures_total", "Failures.", ("kind",)).add(count, kind)
+    text = render([*engine.snapshot(), *api.snapshot()]).decode()
+    assert text.count("# TYPE tolserve_failures_total counter") == 1
+    (family,) = text_string_to_metric_families(text)
+    assert {sample.labels["kind"]: sample.value for sample in family.samples} == {"table": 2, "dead": 3}

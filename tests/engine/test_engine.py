@@ -300,6 +300,22 @@ def test_a_requests_own_numbers_add_up_to_the_servers(engine_of: OpenEngine) -> 
         assert total("request_success_total") == len(usages)
 
 
+def test_waiting_is_counted_when_it_ends_whatever_comes_of_the_request(engine_of: OpenEngine) -> None:
+    def waits(engine: Engine) -> int:
+        (metric,) = [m for m in engine.registry.snapshot() if m.name == "tolserve_request_queue_time_seconds"]
+        return sum(metric.samples[0].buckets)
+
+    with engine_of(device_cache="20", max_num_seqs=1) as engine:
+        submit(engine, [request("first", [1, 2], 20), request("second", [3], 20)])
+        engine.step()
+        assert waits(engine) == 1
+        engine.abort("first")
+        engine.step()
+        assert waits(engine) == 2
+        finish(engine)
+        assert waits(engine) == 2
+
+
 def test_every_token_says_whether_its_record_was_there(engine_of: OpenEngine) -> None:
     prompt = [5, 9, 5, 7]
     with engine_of(device_cache="20") as engine:

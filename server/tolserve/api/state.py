@@ -33,6 +33,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self.process = ProcessGauges(self.metrics, "api")
+        self.metrics.gauge("start_time_seconds", "When the server started, in seconds since 1970.").set(self.started)
         self.tasks = self.metrics.gauge("api_tasks", "Tasks of the API's event loop.")
 
     @property

@@ -190,14 +190,15 @@ class Child:
             return End("hang", f"the engine process hung: one step took more than {STEP_SECONDS:g} s")
         return None
 
-    def fail(self, kind: FailureKind, message: str) -> None:
-        """Fail every request that waits for an answer, and every question."""
+    def fail(self, kind: FailureKind, message: str) -> int:
+        """Fail every request that waits for an answer, and every question. Returns the number of requests."""
         for request_id, queue in self.answers.items():
             queue.put_nowait(Failure(request_id, kind, message))
         for waiting in self._asked.values():
             for answer in waiting:
                 if not answer.done():
                     answer.set_result(None)
+        return len(self.answers)
 
     def kill(self) -> None:
         """End the process at once, stopped or not. Its folder goes too: this may be the caller's last act."""

@@ -52,6 +52,10 @@ class EngineClient:
         self._restarts = self._own.counter(
             "engine_restarts_total", "Engines that ended and were replaced.", ("reason",), [("exit",), ("hang",)]
         )
+        # The engine counts its own kinds of failure under the same name.
+        self._failed = self._own.counter(
+            "request_failure_total", "Requests failed", ("kind",), [("dead",), ("stopping",)]
+        )
 
     @property
     def alive(self) -> bool:
@@ -95,7 +99,7 @@ class EngineClient:
         self.ready = None
         self.failure = end.message + ("; it is being restarted" if restart else "")
         log.error("%s", self.failure)
-        child.fail("dead", self.failure)
+        self._failed.add(child.fail("dead", self.failure), "dead")
         self._past = merge(self._past, child.metrics)
         if restart:
             self._restarts.add(1, end.reason)
@@ -129,7 +133,7 @@ class EngineClient:
     def give_up(self, message: str) -> None:
         """Fail every request that still runs, because the server stops."""
         if self._child is not None:
-            self._child.fail("stopping", message)
+            self._failed.add(self._child.fail("stopping", message), "stopping")
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Submit a request and yield its deltas, the last one with `finish_reason` and `usage`.

@@ -86,7 +86,7 @@ class Engine:
         now = time.monotonic()
         for chunk in chunks:
             if chunk.sequence.started is None:
-                chunk.sequence.started = now
+                self.metrics.started(chunk.sequence, now)
         lease = self._acquire(chunks)
         try:
             result = self.runner.run(chunks, lease)

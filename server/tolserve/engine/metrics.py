@@ -24,7 +24,8 @@ class EngineMetrics:
         self.success = metrics.counter(
             "request_success_total", "Requests finished", ("finished_reason",), [("stop",), ("length",)]
         )
-        self.failed = metrics.counter("request_failure_total", "Requests failed", ("kind",), [("table",), ("engine",)])
+        # Those that an engine takes along with it are counted by its client.
+        self.failed = metrics.counter("request_failure_total", "Requests failed", ("kind",), [("table",)])
         self.iteration_tokens = metrics.histogram("iteration_tokens_total", "Tokens per step", _TOKENS)
         self.first_token = metrics.histogram("time_to_first_token_seconds", "Arrival to first token", _SECONDS)
         self.inter_token = metrics.histogram("inter_token_latency_seconds", "Between tokens of a request", _SECONDS)
@@ -45,6 +46,11 @@ class EngineMetrics:
         self.iteration_tokens.observe(tokens)
         self.state(scheduler)
 
+    def started(self, sequence: Sequence, now: float) -> None:
+        """A sequence is in a step for the first time. Counted now, since a client may not wait for the end."""
+        sequence.started = now
+        self.queue_time.observe(now - sequence.arrived)
+
     def token(self, sequence: Sequence, now: float, tokens: int) -> None:
         """A sequence got its next answer (`tokens` is 0 when only its prompt was to be scored)."""
         self.generation_tokens.add(tokens)
@@ -62,6 +68,5 @@ class EngineMetrics:
         first = now if sequence.first_token is None else sequence.first_token
         self.success.add(1, reason)
         self.latency.observe(now - sequence.arrived)
-        self.queue_time.observe(started - sequence.arrived)
         self.prefill_time.observe(first - started)
         self.decode_time.observe(now - first)
