@@ -7,6 +7,7 @@ loads torch. Expected failures end with one line on standard error and a non-zer
 import asyncio
 import json
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class _Bar:
 
 
 def serve(settings: ServeSettings) -> None:
+    # A container's first process ignores the signal unless it asks for it; until uvicorn takes over, nothing has begun.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from tolserve.api.app import serve as run
 
     run(settings)

@@ -175,7 +175,9 @@ class ServeSettings(EngineOptions):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    api_key: SecretStr | None = Field(None, description="key that every route but /health and /ready asks for")
+    api_key: SecretStr | None = Field(
+        None, description="key that every route asks for, except /health, /ready and the console's files"
+    )
     api_key_file: Path | None = Field(None, description="file that holds the key, so that no process list shows it")
     served_model_name: str | None = Field(None, min_length=1, description="the model's name; its folder's if not given")
     shutdown_timeout: NotNegativeFloat = Field(25.0, description="seconds that running requests get to finish")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -155,6 +156,7 @@ def test_every_log_line_is_json_and_says_which_request_but_not_what_it_said(cras
     with server.http() as client:
         client.get("/v1/models/tiny", params={"text": SECRET})
         client.get(f"/nowhere/{SECRET}")
+    eventually(lambda: '"status": 404' in server.log.read_text(), "the last line is written")  # after its answer
     text = server.log.read_text()
     assert SECRET not in text
     assert KEY not in text
@@ -189,6 +191,8 @@ def test_sigterm_lets_what_runs_finish(start_server: Callable[..., Running]) -> 
     engine = engine_of(server)
     running = stream(server, prompt=SECRET, n=2)
     next(iter(running))
+    os.kill(engine, signal.SIGTERM)  # service managers and terminals signal all processes at once
+    os.kill(engine, signal.SIGINT)
     server.process.send_signal(signal.SIGTERM)
     eventually(lambda: status(server, "/ready") == 503, "/ready turns 503", 5)
     refused = complete(server)
@@ -206,6 +210,15 @@ def test_sigterm_lets_what_runs_finish(start_server: Callable[..., Running]) -> 
     assert not left_behind(server)
 
 
+def begun_upload(server: Running) -> socket.socket:
+    """A request whose body never comes."""
+    url = httpx.URL(server.url)
+    upload = socket.create_connection((url.host, url.port), timeout=PATIENCE)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: 9\r\n\r\n"
+    upload.sendall(head.encode())
+    return upload
+
+
 def test_what_runs_past_the_deadline_is_told_so(start_server: Callable[..., Running]) -> None:
     server = start_server("--shutdown-timeout", "0.5").wait_ready()
     running = stream(server)
@@ -215,11 +228,16 @@ def test_what_runs_past_the_deadline_is_told_so(start_server: Callable[..., Runn
     waiting = server.metric("tolserve_num_requests_waiting")
     thread.start()
     eventually(lambda: server.metric("tolserve_num_requests_waiting") > waiting, "the other request is queued", 5)
+    upload = begun_upload(server)
     server.process.send_signal(signal.SIGINT)
     with pytest.raises(openai.APIError, match="stopped before the answer was complete"):
         list(running)
     thread.join(PATIENCE)
     assert (queued[0].status_code, queued[0].json()["error"]["code"]) == (503, "stopping")
+    answer = b"".join(iter(lambda: upload.recv(10_000), b""))
+    assert b" 503 " in answer
+    assert b'"stopping"' in answer
+    upload.close()
     assert server.process.wait(PATIENCE) == 0
 
 

@@ -1,6 +1,8 @@
 """From settings to an engine: which table is served from, and what does not fit together."""
 
+import fcntl
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,34 @@ def test_a_table_is_built_once_into_a_private_folder(model_dir: Path, cache: Pat
     before = state(table)
     assert found(model_dir, cache) == table
     assert state(table) == before
-    assert [path.name for path in cache.iterdir()] == [table.name]
+    assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == [table.name]
+
+
+def test_what_an_interrupted_build_left_is_removed(model_dir: Path, cache: Path) -> None:
+    name = f"{read_fingerprint(model_dir)}-bf16"
+    left, other = cache / f".{name}.0123abcd.tmp", cache / ".another-bf16.0123abcd.tmp"
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "records-00001-of-00001.safetensors").touch()
+    assert found(model_dir, cache) == cache / name
+    assert not left.exists()
+    assert other.exists()
+
+
+def test_a_table_that_another_process_builds_is_waited_for(model_dir: Path, cache: Path, tmp_path: Path) -> None:
+    table = found(model_dir, cache)
+    hidden = table.rename(tmp_path / "being-built")
+    with (cache / f".{table.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results: list[Path] = []
+        waiting = threading.Thread(target=lambda: results.append(found(model_dir, cache)))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        before = state(hidden.rename(table))
+    waiting.join(60)
+    assert results == [table]
+    assert state(table) == before
 
 
 def test_a_table_beside_the_model_goes_before_the_cache_and_a_given_one_before_both(

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -67,8 +66,6 @@ def create_app(settings: ServeSettings) -> FastAPI:
 def serve(settings: ServeSettings) -> None:
     """Serve until SIGINT or SIGTERM. Ends the process with status 1 when the engine ends before it was ever ready."""
     logs.configure(settings.log_format, settings.log_level, "api")
-    # As a container's first process it would ignore the signal; until uvicorn takes over, nothing has begun.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app = create_app(settings)
     config = uvicorn.Config(
         app,

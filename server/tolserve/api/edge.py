@@ -83,10 +83,14 @@ class Edge:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._requests.add(1, route, method, str(status))
         about = {"route": route, "method": method, "status": status, "seconds": round(seconds, 6)}
-        if (usage := scope.get("state", {}).get("usage")) is not None:
+        state = scope.get("state", {})
+        if (usage := state.get("usage")) is not None:
             counts = usage.to_json()
             about |= {name: counts[name] for name in ("prompt_tokens", "completion_tokens")}
-        access.log(logging.DEBUG if route in _PROBES else logging.INFO, "answered", extra=about)
+        level = logging.DEBUG if route in _PROBES else logging.INFO
+        if (error := state.get("error")) is not None:  # a stream that broke after its status was sent
+            level, about["error"] = logging.WARNING, error
+        access.log(level, "answered", extra=about)
 
 
 class Auth:

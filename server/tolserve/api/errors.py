@@ -62,6 +62,8 @@ def from_engine(error: EngineError) -> ApiError:
             return ApiError(503, message, code="engine_dead")
         case "stopping":
             return ApiError(503, message, code="stopping", headers={"connection": "close"})
+        case "slow":
+            return ApiError(503, message, code="engine_slow")
         case "table":
             return ApiError(500, message, type="table_error", code="table_error")
     return ApiError(500, message, code="engine_error")

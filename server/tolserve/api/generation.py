@@ -225,7 +225,7 @@ async def respond(
         collected = await until_disconnect(http, _collect(pieces, answer))
         return JSONResponse(answer.whole(collected))
     first = await until_disconnect(http, anext(pieces))
-    return EventStream(pieces, _events(first, pieces, answer))
+    return EventStream(pieces, _events(http, first, pieces, answer))
 
 
 async def _collect(pieces: Pieces, answer: Answer) -> dict[int, Piece]:
@@ -237,8 +237,9 @@ async def _collect(pieces: Pieces, answer: Answer) -> dict[int, Piece]:
     return collected
 
 
-async def _events(first: tuple[int, Piece], rest: Pieces, answer: Answer) -> AsyncIterator[bytes]:
-    """Server-sent events: a chunk per piece, then usage if asked for, then [DONE]; an error ends the stream."""
+async def _events(http: HttpRequest, first: tuple[int, Piece], rest: Pieces, answer: Answer) -> AsyncIterator[bytes]:
+    """Server-sent events: a chunk per piece, then usage if asked for, then [DONE]; an error ends the stream, and is
+    noted in `http.state.error`, because the answer's status was sent before."""
     item: tuple[int, Piece] | None = first
     try:
         while item is not None:
@@ -246,6 +247,7 @@ async def _events(first: tuple[int, Piece], rest: Pieces, answer: Answer) -> Asy
             yield _event(answer.chunk(*item))
             item = await anext(rest, None)
     except EngineError as error:
+        http.state.error = error.kind
         yield to_event(to_api_error(error))
         return
     if answer.include_usage:

@@ -30,8 +30,10 @@ class Listener(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came. uvicorn would close the socket at once, and end with the signal instead of status 0."""
         if self._server.stopping_since is not None:
-            self._server.engine.kill()
-            os._exit(128 + sig)
+            try:
+                self._server.engine.kill()
+            finally:
+                os._exit(128 + sig)
         self._server.stopping_since = time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:

@@ -1,7 +1,9 @@
 """From settings to a running engine: model, table, tiers, KV blocks, scheduler."""
 
+import fcntl
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -142,10 +144,22 @@ def find_table(settings: EngineSettings, model_dir: Path, config: ModelConfig) -
             raise TableError(
                 f"{model_dir} has neither a table under {beside} nor memory tensors to build one from; give --table"
             )
-        Path(settings.cache_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
-        log.info("building the table once, into %s", cached)
-        build_table(model_dir, cached)
+        _build(model_dir, cached)
     return _checked(Table.open(cached), fingerprint, settings, config)
+
+
+def _build(model_dir: Path, path: Path) -> None:
+    """Build a table into the cache folder, one process at a time; what an interrupted one left there goes."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the process ends, however it ends
+        if path.exists():
+            return
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            log.info("removing %s, which an interrupted build left", left)
+            shutil.rmtree(left)
+        log.info("building the table once, into %s", path)
+        build_table(model_dir, path)
 
 
 def _checked(table: Table, fingerprint: str, settings: EngineSettings, config: ModelConfig) -> Table:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,9 +40,12 @@ TICK_SECONDS = 0.1
 SILENCE_SECONDS = 4.0
 # Loading torch from a cold disk, or compiling kernels, may hold the interpreter's lock for many seconds.
 LOADING_SILENCE_SECONDS = 60.0
-# The longest honest step: 512 tokens through the 1B shape take tens of seconds on two slow cores, and 512 records from
-# a disk that gives 10 MB/s another five. A step that is older has stopped.
+# The longest honest step of 512 tokens: through the 1B shape they take tens of seconds on two slow cores, and 512
+# records from a disk that gives 10 MB/s another five. A step that is older has stopped. Larger ones get more in
+# proportion.
 STEP_SECONDS = 120.0
+# Lateness of a tick that means a machine that stood still. What is less is a busy loop, and the four seconds cover it.
+STANDSTILL_SECONDS = 1.0
 # Numbers since the last snapshot are lost with an engine that dies; one snapshot costs it about 0.1 ms.
 SNAPSHOT_SECONDS = 1.0
 # An engine that was told to stop finishes its step; it has nothing to save.
@@ -75,25 +79,36 @@ class Child:
         self._asked: defaultdict[type, deque[asyncio.Future[Any]]] = defaultdict(deque)
         self._heard, self._step_seconds = time.monotonic(), 0.0
         self._beating = False
-        self._folder = tempfile.TemporaryDirectory(prefix="tolserve-")  # mode 0700: only this user can connect
-        address, pulse = (f"ipc://{Path(self._folder.name) / name}.sock" for name in ("engine", "pulse"))
-        self._socket, self._pulse = context.socket(zmq.DEALER), context.socket(zmq.PULL)
-        for socket in (self._socket, self._pulse):
-            socket.setsockopt(zmq.LINGER, 0)
-            # Nothing is dropped towards an engine in a long step, nor from one while this process is slow.
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
+        self._step_limit = STEP_SECONDS * max(1.0, settings["max_num_batched_tokens"] / 512)
+        self._held = ExitStack()  # what `close` gives back
         try:
-            self._pulse.bind(pulse)
-            self._socket.connect(address)
-            argv = [sys.executable, "-m", "tolserve.engine.boot"]
-            # Unbuffered: what a dead process did not take must not come up again when the pipe is closed.
-            self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, bufsize=0)
-        except (OSError, zmq.ZMQError):
-            self._let_go()
-            raise
-        self._tell({"address": address, "pulse": pulse, "parent": os.getpid()} | settings)
+            self._start(context, settings)
+        except (OSError, zmq.ZMQError) as error:
+            self._held.close()
+            raise OSError(error.errno, f"no engine process can be started: {error}") from error
         self._tasks = [asyncio.create_task(work()) for work in (self._receive, self._listen, self._collect)]
+
+    def _start(self, context: zmq.asyncio.Context, settings: dict[str, Any]) -> None:
+        # Mode 0700: only this user can connect. A folder that cannot be deleted is no reason to lose an engine.
+        self._folder = tempfile.TemporaryDirectory(prefix="tolserve-", ignore_cleanup_errors=True)
+        self._held.callback(self._folder.cleanup)
+        address, pulse = (f"ipc://{Path(self._folder.name) / name}.sock" for name in ("engine", "pulse"))
+        self._socket, self._pulse = self._open(context, zmq.DEALER), self._open(context, zmq.PULL)
+        self._pulse.bind(pulse)
+        self._socket.connect(address)
+        argv = [sys.executable, "-m", "tolserve.engine.boot"]
+        # Unbuffered: what a dead process did not take must not come up again when the pipe is closed.
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, bufsize=0)
+        self._tell({"address": address, "pulse": pulse, "parent": os.getpid()} | settings)
+
+    def _open(self, context: zmq.asyncio.Context, kind: int) -> zmq.asyncio.Socket:
+        socket = context.socket(kind)
+        self._held.callback(socket.close)
+        socket.setsockopt(zmq.LINGER, 0)
+        # Nothing is dropped towards an engine in a long step, nor from one while this process is slow.
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        return socket
 
     def _tell(self, settings: dict[str, Any]) -> None:
         """Write the settings' line. The pipe stays open: when this process dies it closes, and the engine stops."""
@@ -137,7 +152,7 @@ class Child:
                     queue.put_nowait(answer)
                 return
             case Ready():
-                self.ready_since = time.monotonic()
+                self.ready_since = self._heard = time.monotonic()
                 self._forget_names()
                 self._on_ready(message)
             case MetricsSnapshot(metrics=metrics):
@@ -173,7 +188,7 @@ class Child:
             looked = time.monotonic()
             await asyncio.sleep(TICK_SECONDS)
             late = time.monotonic() - looked - TICK_SECONDS
-            if late > TICK_SECONDS:
+            if late > STANDSTILL_SECONDS:
                 self._heard += late  # this process did not run; perhaps the engine could not either
             if (end := self._end()) is not None:
                 return end
@@ -182,12 +197,12 @@ class Child:
         if (status := self.process.poll()) is not None:
             return End("exit", f"the engine process ended: {_describe(status)}")
         if (failed := next((task for task in self._tasks if task.done()), None)) is not None:
-            return End("hang", f"the engine sent what cannot be read: {failed.exception()!r}")
+            return End("hang", f"reading from the engine failed: {failed.exception()!r}")
         limit = LOADING_SILENCE_SECONDS if self.ready_since is None else SILENCE_SECONDS
         if time.monotonic() - self._heard > limit:
             return End("hang", f"the engine process hung: no sign of life for {limit:g} s")
-        if self.ready_since is not None and self._step_seconds > STEP_SECONDS:
-            return End("hang", f"the engine process hung: one step took more than {STEP_SECONDS:g} s")
+        if self.ready_since is not None and self._step_seconds > self._step_limit:
+            return End("hang", f"the engine process hung: one step took more than {self._step_limit:g} s")
         return None
 
     def fail(self, kind: FailureKind, message: str) -> int:
@@ -221,12 +236,7 @@ class Child:
             self.process.stdin.close()
         self.process.kill()
         await self._ended(KILL_SECONDS)
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._socket.close()
-        self._pulse.close()
-        self._folder.cleanup()
+        self._held.close()
 
     async def _ended(self, seconds: float) -> None:
         """Wait for the process's end, at most so long; this also takes it off the system's list."""

@@ -112,7 +112,7 @@ class EngineClient:
             try:
                 self._child = Child(self._context, self._settings, self._became_ready)
             except OSError as error:
-                log.error("no engine process can be started: %s", error)
+                log.error("%s", error)
             else:
                 return self._child, pause
 
@@ -171,7 +171,11 @@ class EngineClient:
         """
         answer = await self._answering().ask(AskCache(limit), Cache, CACHE_TIMEOUT_SECONDS)
         if answer is None:
-            raise EngineError("dead", self.failure or "the engine did not answer in time; try again")
+            raise (
+                EngineError("dead", self.failure)
+                if self.failure
+                else EngineError("slow", "the engine is in a long step")
+            )
         return answer.view
 
     async def metrics(self) -> list[Metric]:

@@ -120,8 +120,9 @@ def warm_up(engine: Engine) -> None:
         log.warning("the warm-up failed: %s", failed.message)
 
 
-def serve(raw: dict[str, Any], pulse: Pulse) -> None:
-    """Bind, load, serve until standard input closes."""
+def run(raw: dict[str, Any], pulse: Pulse) -> int:
+    """Bind, load, serve until standard input closes. Returns an exit status: 2 for a model, a table or options that
+    cannot be served, which the log names."""
     address = raw.pop("address")
     context = zmq.Context()
     socket = context.socket(zmq.ROUTER)
@@ -130,22 +131,17 @@ def serve(raw: dict[str, Any], pulse: Pulse) -> None:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 0)
     socket.bind(address)
-    settings = EngineSettings.from_json(raw)
-    use_threads(settings.threads)
-    engine = assemble(settings)
-    warm_up(engine)
     try:
+        settings = EngineSettings.from_json(raw)
+        use_threads(settings.threads)
+        engine = assemble(settings)
+    except (ConfigError, CheckpointError, TableError, SettingsError, ValueError) as error:
+        log.error("%s", error)
+        return 2
+    try:
+        warm_up(engine)
         EngineServer(engine, socket, pulse).run(sys.stdin.fileno())
     finally:
         engine.close()
         context.destroy(linger=0)
-
-
-def run(raw: dict[str, Any], pulse: Pulse) -> int:
-    """`serve` with an exit status: 2 for a model or a table that cannot be served, which the log names."""
-    try:
-        serve(raw, pulse)
-    except (ConfigError, CheckpointError, TableError, SettingsError, ValueError) as error:
-        log.error("%s", error)
-        return 2
     return 0

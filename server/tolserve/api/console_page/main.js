@@ -27,7 +27,8 @@ function showState(state, text) {
   const engine = $("#engine");
   if (engine.textContent !== text) engine.textContent = text;
   engine.dataset.state = state;
-  for (const panel of ["#charts", "#cache"]) $(panel).classList.toggle("stale", state === "away");
+  $("#charts").classList.toggle("stale", state === "away");
+  $("#cache").classList.toggle("stale", state !== "ready"); // the records are gone with the engine
 }
 
 function showKey(error) {
@@ -108,8 +109,8 @@ async function loop() {
     await poll();
   } finally {
     polling = false;
+    timer = setTimeout(loop, Math.max(0, POLL_MS - (performance.now() - started)));
   }
-  timer = setTimeout(loop, Math.max(0, POLL_MS - (performance.now() - started)));
 }
 
 $("#key-form").addEventListener("submit", (event) => {

@@ -87,6 +87,8 @@ export class Playground {
     const model = this.#server.model ?? (await askJson("v1/models", { signal })).data[0].id;
     const listing = { model, prompt, return_token_strs: true };
     const { tokens, token_strs } = await askJson("tokenize", { body: listing, signal });
+    // The server would begin with a token of its own, and every hit would stand one token too late.
+    if (!tokens.length) throw new ApiError(400, { message: "write a prompt first", param: "prompt" });
     const body = {
       model, prompt, ...numbers, stream: true, stream_options: { include_usage: true }, logprobs: LOGPROBS,
       ...(this.#server.table && { tol: { token_hits: true } }),
