@@ -20,7 +20,10 @@ class _Body(nn.Module):
 
     def __init__(self, config: ModelConfig, with_memory: bool) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not initialised here: on the meta device, where a checkpoint is loaded, nn.Embedding's own normal_ imports
+        # torch._dynamo, 1.6 s of every start.
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         layers = nn.ModuleList(Layer(config, with_memory) for _ in range(config.num_hidden_layers))
         self.layers = cast(Sequence[Layer], layers)  # ModuleList does not say what it holds
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
