@@ -2,7 +2,10 @@
 #
 #   docker build -t tolserve --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #   docker run --rm -p 127.0.0.1:8000:8000 --read-only --tmpfs /tmp --cap-drop ALL tolserve
-#   docker run ... -v /srv/models:/models:ro tolserve serve /models/mine --device-cache 25%
+#   docker run ... -v /srv/models:/models:ro tolserve serve /models/mine --device-cache 10%
+#   docker run ... --gpus 1 --tmpfs /triton:exec,mode=1777 -e TRITON_CACHE_DIR=/triton tolserve
+#
+# The last one because Triton loads what it compiled as a library, and Docker's /tmp allows no code to run from it.
 #
 # Build arguments:
 #   BASE_IMAGE     any image of Debian or Ubuntu. One without Python 3.11 or later names it in APT_PACKAGES.
@@ -60,6 +63,7 @@ WORKDIR /tmp
 ENV HOME=/tmp PYTHONDONTWRITEBYTECODE=1 TOLSERVE_HOST=0.0.0.0 TOLSERVE_PORT=8000
 EXPOSE 8000
 
+# It asks the port that TOLSERVE_PORT names: change the port in a container by that variable and not by --port.
 # http.client, because urllib would go through a proxy named in the environment.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
     CMD ["python3", "-IS", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['TOLSERVE_PORT']), timeout=4); c.request('GET', '/health'); sys.exit(c.getresponse().status != 200)"]

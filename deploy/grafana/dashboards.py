@@ -73,7 +73,6 @@ CACHE = [
         "percentunit",
         {
             "{{instance}}": rate("tol_stall_seconds_total", "instance"),
-            "{{instance}}, its day": "instance:tolserve_tol_stall_share:ratio_rate1d{SELECT}",
         },
         width=12,
     ),
@@ -115,6 +114,17 @@ CACHE = [
         {"all": rate("iteration_tokens_total_count"), "waited for rows": rate("tol_stalled_steps_total")},
     ),
     Panel(
+        "Stall per step",
+        "Seconds that a step waited for rows, on average, and over the last day. Unlike the stall share it does not "
+        "move with the load: if it leaves its day, more lookups miss or the disk is slower. Twice its day is an alarm.",
+        "s",
+        {
+            "{{instance}}": f"{rate('tol_stall_seconds_total', 'instance')}"
+            f" / ({rate('iteration_tokens_total_count', 'instance')} > 0)",
+            "{{instance}}, its day": "instance:tolserve_tol_stall_seconds_per_step:rate1d{SELECT}",
+        },
+    ),
+    Panel(
         "Fill time",
         "Reading, checking and copying one record, without queueing. Zero for a source that nothing came from. If the "
         "disk's rises, something else uses the disk, or the reads no longer bypass a slow page cache.",
@@ -129,8 +139,8 @@ CACHE = [
     ),
     Panel(
         "Read errors",
-        "Failed attempts to read a record, per second. Anything above zero is worth a look at once: io points to the "
-        "disk, checksum and short to a damaged table (`tolserve table verify`).",
+        "Failed attempts to read a record, per second, those that a second try made good included. Anything above "
+        "zero is worth a look: io points to the disk, checksum and short to a damaged table (`tolserve table verify`).",
         "ops",
         {"{{kind}}": rate("tol_read_errors_total", "kind")},
     ),
@@ -243,7 +253,8 @@ SERVING = [
     ),
     Panel(
         "Requests",
-        "Running in the batch, and waiting. A queue that does not empty needs another server.",
+        "Running in the batch, and waiting. A queue that does not empty needs another server; an alarm is raised when "
+        "it has not for 20 minutes.",
         "short",
         {
             "running": "sum(tolserve_num_requests_running{SELECT})",
@@ -252,8 +263,8 @@ SERVING = [
     ),
     Panel(
         "Time in the queue",
-        "From arrival to the first step. If it rises while the batch is not full, KV blocks or cache slots are what "
-        "is short.",
+        "From arrival to the first step, of requests that were started. If it rises while the batch is not full, KV "
+        "blocks or cache slots are what is short.",
         "s",
         quantiles("request_queue_time_seconds"),
     ),
@@ -289,8 +300,9 @@ SERVING = [
     ),
     Panel(
         "Failures",
-        "Answers of status 500 and above on /v1, and requests that failed inside the engine, by cause: table (a "
-        "record could not be read) or engine. A stream that fails midway has status 200 and counts only there.",
+        "Answers of status 500 and above on /v1, and requests that failed while they waited or ran, by cause: table (a "
+        "record could not be read), dead (the engine died or hung), stopping (cut off when the time to stop was up). A "
+        "stream that fails midway has status 200 and counts only there.",
         "reqps",
         {
             "HTTP 5xx": 'sum(rate(tolserve_http_requests_total{SELECT,route=~"/v1/.*",status=~"5.."}'

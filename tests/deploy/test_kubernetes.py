@@ -17,12 +17,14 @@ from tolserve.api.app import create_app
 from tolserve.api.edge import OPEN_PATHS
 from tolserve.engine.blocks import BlockPool
 from tolserve.engine.child import KILL_SECONDS, STOP_SECONDS
+from tolserve.engine.client import LONGEST_PAUSE_SECONDS
 from tolserve.engine.metrics import EngineMetrics
 from tolserve.engine.scheduler import Scheduler
 from tolserve.metrics import Metrics
 from tolserve.settings import ENV_PREFIX, ServeSettings
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "kubernetes"
+README = (FOLDER / "README.md").read_text()
 OVERLAYS = ("cpu", "gpu")
 # The oldest Kubernetes whose fields the manifests use: preStop's sleep is on by default from 1.30.
 OLDEST = "1.30"
@@ -30,15 +32,18 @@ OLDEST = "1.30"
 Manifest = dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=OVERLAYS)
-def rendered(request: pytest.FixtureRequest, tool: Callable[[str], str]) -> dict[str, Manifest]:
-    """The overlay's objects by kind; there is one of each."""
-    argv = [tool("kubectl"), "kustomize", str(FOLDER / "overlays" / request.param)]
-    text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+def kustomize(kubectl: str, folder: Path) -> dict[str, Manifest]:
+    """A folder's objects by kind; there is one of each."""
+    text = subprocess.run([kubectl, "kustomize", str(folder)], check=True, capture_output=True, text=True).stdout
     objects = list(yaml.safe_load_all(text))
     by_kind = {thing["kind"]: thing for thing in objects}
     assert len(by_kind) == len(objects)
     return by_kind
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def rendered(request: pytest.FixtureRequest, tool: Callable[[str], str]) -> dict[str, Manifest]:
+    return kustomize(tool("kubectl"), FOLDER / "overlays" / request.param)
 
 
 def pod(rendered: dict[str, Manifest]) -> Manifest:
@@ -119,9 +124,11 @@ def test_probes_ask_what_the_server_answers_without_a_key(rendered: dict[str, Ma
     for probe in (*probes.values(), live["httpGet"]):
         assert probe["path"] in OPEN_PATHS & routes.keys()
         assert probe["port"] == "http"
-    # The engine's supervisor waits up to 30 s between two attempts, and each must load the model.
     assert live["httpGet"]["path"] == "/health"
-    assert live["periodSeconds"] * live["failureThreshold"] >= 120
+    # A new engine loads the model as the first one did, after a pause of up to 30 s.
+    start = container(rendered)["startupProbe"]
+    patience = live["periodSeconds"] * live["failureThreshold"]
+    assert patience >= start["periodSeconds"] * start["failureThreshold"] + LONGEST_PAUSE_SECONDS
 
 
 def test_the_grace_period_covers_the_whole_stop(rendered: dict[str, Manifest], tmp_path: Path) -> None:
@@ -202,10 +209,10 @@ def test_the_autoscaler_reads_metrics_that_the_server_has(rendered: dict[str, Ma
     assert all(re.fullmatch(pattern, name) for name in targets)
 
 
-def test_a_new_version_never_takes_a_server_away_first(rendered: dict[str, Manifest]) -> None:
+def test_a_new_version_takes_a_server_away_first_only_for_its_gpu(rendered: dict[str, Manifest]) -> None:
     strategy = rendered["Deployment"]["spec"]["strategy"]["rollingUpdate"]
-    assert strategy["maxUnavailable"] == 0
-    assert strategy["maxSurge"] > 0
+    gpu = "nvidia.com/gpu" in container(rendered)["resources"]["limits"]
+    assert strategy == ({"maxSurge": 0, "maxUnavailable": 1} if gpu else {"maxSurge": 1, "maxUnavailable": 0})
     assert "replicas" not in rendered["Deployment"]["spec"]  # applying it again must not undo the autoscaler
     assert rendered["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > 1
     assert rendered["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
@@ -220,17 +227,31 @@ def test_the_image_is_this_version(rendered: dict[str, Manifest]) -> None:
 
 
 def test_the_readmes_own_overlay_renders(tool: Callable[[str], str], tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(# kustomization.yaml.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
-    base = os.path.relpath(FOLDER, tmp_path.resolve())
-    example = example.replace("path/to/deploy/kubernetes", base).replace("# - target", "- target")
-    (tmp_path / "kustomization.yaml").write_text(example.replace('#   patch: "', '  patch: "'))
-    argv = [tool("kubectl"), "kustomize", str(tmp_path)]
-    text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-    objects = {thing["kind"]: thing for thing in yaml.safe_load_all(text)}
+    (example,) = re.findall(r"```yaml\n(# kustomization.yaml.*?)```", README, re.DOTALL)
+    example = example.replace("path/to/deploy/kubernetes", os.path.relpath(FOLDER, tmp_path.resolve()))
+    (tmp_path / "kustomization.yaml").write_text(example)
+    objects = kustomize(tool("kubectl"), tmp_path)
+    assert objects["ServiceMonitor"]["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    without = example.replace("# - target", "- target").replace('#   patch: "', '  patch: "')
+    (tmp_path / "kustomization.yaml").write_text(without)
+    objects = kustomize(tool("kubectl"), tmp_path)
     assert "ServiceMonitor" not in objects
     for manifest in objects.values():
         kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+        assert manifest["metadata"]["namespace"] == "tolserve"
+    assert "kubectl create namespace tolserve" in README
     variables = {v["name"]: v.get("value") for v in container(objects)["env"]}
     assert variables["TOLSERVE_MODEL"] == "/models/my-model"
     assert variables["TOLSERVE_HOST_CACHE"]  # the overlay's own options stay
     assert container(objects)["image"] == f"registry.example.com/tolserve:{__version__}-cuda"
+
+
+def test_the_readmes_command_makes_one_object_of_all_rules() -> None:
+    (command,) = re.findall(r"```\n(\{ printf .*?) \| kubectl apply -f -\n```", README, re.DOTALL)
+    done = subprocess.run(["bash", "-c", command], cwd=FOLDER.parents[1], check=True, capture_output=True)
+    rule = yaml.safe_load(done.stdout)
+    assert rule["kind"] == "PrometheusRule"
+    labels = {"release": "kube-prometheus-stack"}
+    assert rule["metadata"] == {"name": "tolserve", "namespace": "tolserve", "labels": labels}
+    files = sorted((FOLDER.parent / "prometheus" / "rules").glob("*.yml"))
+    assert rule["spec"]["groups"] == [group for path in files for group in yaml.safe_load(path.read_text())["groups"]]

@@ -1,6 +1,7 @@
 """The rules: valid, tested, and firing when a real server has the fault that they are for."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from tolserve.model.build import build_table
 from tolserve.tol.table import Table
 
 FOLDER = DEPLOY / "prometheus"
+RUNBOOK = DEPLOY.parent / "docs" / "operations.md"
 RULES = sorted(map(str, (FOLDER / "rules").glob("*.yml")))
 UNIT_TESTS = sorted(map(str, (FOLDER / "tests").glob("*.yml")))
 ALERTS = [
@@ -44,6 +46,11 @@ def test_promtool_accepts_the_configuration_and_the_rules(tool: Callable[[str], 
     key = tmp_path / "key"
     key.write_text(KEY)
     config.write_text(config.read_text().replace("/run/secrets/api_key", str(key)))
+    run(promtool, "check", "config", "--lint=all", "--lint-fatal", str(config))
+    # With the Alertmanager that is commented out.
+    text = re.sub(r"^# (?=alerting:| )", "", config.read_text(), flags=re.MULTILINE)
+    assert yaml.safe_load(text)["alerting"]["alertmanagers"]
+    config.write_text(text)
     run(promtool, "check", "config", "--lint=all", "--lint-fatal", str(config))
 
 
@@ -91,11 +98,13 @@ def test_flipped_bits_in_the_table_raise_the_alarm(
 ) -> None:
     binary = tool("prometheus")
     build_table(model_dir, tmp_path / "table")
+    shutil.copytree(tmp_path / "table", tmp_path / "copy")
     server = start_server("--table", str(tmp_path / "table"), "--device-cache", "48").wait_ready()
     with prometheus(binary, tmp_path, server.url.removeprefix("http://"), KEY) as source, server.http() as client:
         body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 1}
         assert client.post("/v1/completions", json=body).status_code == 200
         wait_until_scraped(source, "tolserve_tol_read_errors_total")
+        wait_until_scraped(source, 'tolserve_request_failure_total{kind="table"}')
         assert source.firing() == set()
         for shard in Table.open(tmp_path / "table").manifest.shards:
             path = tmp_path / "table" / shard.file
@@ -108,6 +117,13 @@ def test_flipped_bits_in_the_table_raise_the_alarm(
         assert failed.status_code == 500
         assert server.metric("tolserve_tol_read_errors_total") > 0
         wait_until_firing(source, "TolserveReadErrors")
+        wait_until_firing(source, "TolserveRequestsFailForRecords")
+        # What the runbook says to do, while the server runs.
+        (command,) = re.findall(r"`dd if=COPY/FILE of=TABLE/FILE ([^`]*)`", RUNBOOK.read_text())
+        for shard in Table.open(tmp_path / "copy").manifest.shards:
+            paths = [f"if={tmp_path / 'copy' / shard.file}", f"of={tmp_path / 'table' / shard.file}"]
+            run("dd", *paths, *command.split())
+        assert client.post("/v1/completions", json=body | {"prompt": [50, 60, 70]}).status_code == 200
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the engine in /proc")
