@@ -119,9 +119,10 @@ def _pager(
         io=settings.tol_io,
         metrics=metrics,
     )
+    log.info("table %s: room for %d of %d records in the device tier", table.path, pager.slots, manifest.vocab_size)
     if device_slots >= manifest.vocab_size:
+        log.info("filling the device tier")
         pager.preload()
-    log.info("table %s: %d of %d records in the device tier", table.path, pager.slots, manifest.vocab_size)
     return pager
 
 
