@@ -111,15 +111,13 @@ async def watch(http: httpx.AsyncClient, samples: Samples) -> None:
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
-def steadiness(samples: Samples) -> dict[str, dict[str, float]]:
-    """Per series: at the start, the median of the second tenth of the run (the first one warms up), of the last tenth,
-    and the largest."""
-    tenth = max(len(samples) // 10, 1)
+def steadiness(samples: Samples) -> dict[str, dict[str, Any]]:
+    """Per series: at the start, the median of each tenth of the run, and the largest."""
 
-    def facts(key: str) -> dict[str, float]:
+    def facts(key: str) -> dict[str, Any]:
         values = [sample[key] for sample in samples]
-        early, late = statistics.median(values[tenth : 2 * tenth] or values), statistics.median(values[-tenth:])
-        return {"first": values[0], "second_tenth": early, "last_tenth": late, "max": max(values)}
+        tenths = [values[len(values) * i // 10 : len(values) * (i + 1) // 10] or values for i in range(10)]
+        return {"first": values[0], "tenths": [statistics.median(tenth) for tenth in tenths], "max": max(values)}
 
     return {key.removeprefix("tolserve_"): facts(key) for key in samples[0]}
 
