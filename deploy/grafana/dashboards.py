@@ -146,8 +146,8 @@ CACHE = [
     ),
     Panel(
         "Slots by tier",
-        "Records that a tier can hold, holds, and protects for the step that runs. If the pinned ones come near the "
-        "size, steps are split: fewer sequences or a larger tier.",
+        "Records that a tier can hold and holds, and those that are protected. Numbers are taken between two steps, "
+        "when no step protects any: pinned records that stay above zero are a fault.",
         "short",
         {
             "{{tier}}, size": "sum by (tier) (tolserve_tol_slots{SELECT})",
