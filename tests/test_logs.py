@@ -40,7 +40,7 @@ def test_lines_carry_the_request_that_is_served() -> None:
 
 
 def test_text_says_the_same() -> None:
-    line = TextFormatter("api").format(record("answered", route="/r", status=200))
+    line = TextFormatter("api").format(record("answered", route="/r", status=200, _mark_of_a_library=1))
     assert line == "1970-01-01T00:00:00.500Z INFO api n: answered route=/r status=200"
 
 

@@ -32,7 +32,8 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """What a line says besides its message: the request id if there is one, then the extra fields."""
-    given = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    # Libraries add marks of their own to every record, under names with an underscore; Ray does.
+    given = {key: value for key, value in vars(record).items() if key not in _STANDARD and not key.startswith("_")}
     request_id = given.pop("request_id", None) or current_request.get()
     return ({"request_id": request_id} if request_id else {}) | given
 
