@@ -125,7 +125,8 @@ def test_an_engine_that_dies_or_hangs_is_replaced(
         running = stream(server)
         next(iter(running))
         os.kill(engine, fault)
-        assert eventually(lambda: status(server, "/health") == 503, "/health turns 503", 20) < 5
+        # 4 s of silence, and what a busy machine adds; benchmarks/crashes.py measures it.
+        assert eventually(lambda: status(server, "/health") == 503, "/health turns 503", 20) < 8
         with pytest.raises(openai.APIError, match=message):
             list(running)
         refused = complete(server)
@@ -194,7 +195,7 @@ def test_sigterm_lets_what_runs_finish(start_server: Callable[..., Running]) -> 
     os.kill(engine, signal.SIGTERM)  # service managers and terminals signal all processes at once
     os.kill(engine, signal.SIGINT)
     server.process.send_signal(signal.SIGTERM)
-    eventually(lambda: status(server, "/ready") == 503, "/ready turns 503", 5)
+    eventually(lambda: status(server, "/ready") == 503, "/ready turns 503")
     refused = complete(server)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
     assert refused.headers["retry-after"]
@@ -227,7 +228,7 @@ def test_what_runs_past_the_deadline_is_told_so(start_server: Callable[..., Runn
     thread = threading.Thread(target=lambda: queued.append(complete(server)))
     waiting = server.metric("tolserve_num_requests_waiting")
     thread.start()
-    eventually(lambda: server.metric("tolserve_num_requests_waiting") > waiting, "the other request is queued", 5)
+    eventually(lambda: server.metric("tolserve_num_requests_waiting") > waiting, "the other request is queued")
     upload = begun_upload(server)
     server.process.send_signal(signal.SIGINT)
     with pytest.raises(openai.APIError, match="stopped before the answer was complete"):
@@ -249,7 +250,7 @@ def test_a_second_signal_ends_it_at_once(start_server: Callable[..., Running]) -
     next(iter(running))
     os.kill(engine, signal.SIGSTOP)
     server.process.send_signal(signal.SIGTERM)
-    eventually(lambda: status(server, "/ready") == 503, "/ready turns 503", 5)
+    eventually(lambda: status(server, "/ready") == 503, "/ready turns 503")
     server.process.send_signal(signal.SIGINT)
     began = time.monotonic()
     assert server.process.wait(PATIENCE) == 128 + signal.SIGINT
