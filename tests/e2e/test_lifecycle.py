@@ -352,9 +352,12 @@ def test_a_failed_request_carries_its_id_in_both_logs(
     server = start_server("--table", str(table), "--log-format", "json").wait_ready()
     answer = complete(server, **{"x-request-id": "broken-1"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "table_error")
-    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
-    mine = {(line["process"], line["level"]) for line in lines if line.get("request_id") == "broken-1"}
-    assert mine == {("api", "info"), ("engine", "warning")}
+
+    def mine() -> set[tuple[str, str]]:
+        lines = [json.loads(line) for line in server.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return {(line["process"], line["level"]) for line in lines if line.get("request_id") == "broken-1"}
+
+    eventually(lambda: mine() == {("api", "info"), ("engine", "warning")}, "both logs have it")
 
 
 def test_a_crash_of_the_engine_is_one_json_line() -> None:
