@@ -25,7 +25,9 @@ from tolserve.settings import (
     StudyParamsSettings,
     TableBuildSettings,
     TableExportSettings,
+    TableFreqSettings,
     TableInspectSettings,
+    TableReplaySettings,
     TableVerifySettings,
     TrainSettings,
 )
@@ -34,8 +36,8 @@ from tolserve.settings import (
 class _Bar:
     """A progress bar on standard error, driven by calls of (done, total)."""
 
-    def __init__(self, title: str) -> None:
-        self._bar = tqdm(desc=title, unit="record", unit_scale=True)
+    def __init__(self, title: str, unit: str = "record") -> None:
+        self._bar = tqdm(desc=title, unit=unit, unit_scale=True)
 
     def __call__(self, done: int, total: int) -> None:
         self._bar.total = total
@@ -160,6 +162,51 @@ def table_export(settings: TableExportSettings) -> None:
     _show(describe(Table.open(settings.out / "tol")), settings.json_output)
 
 
+def table_freq(settings: TableFreqSettings) -> None:
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    from tolserve.tol.frequencies import write_frequencies
+    from tolserve.train.data import read_documents
+
+    given = settings.tokenizer
+    path = given / "tokenizer.json" if given.is_dir() else given
+    if not path.is_file():
+        raise OptionError(f"--tokenizer {given}: there is no {path}")
+    tokenizer = Tokenizer.from_file(str(path))
+    counts = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    documents = (text for path in settings.text for text in read_documents(path))
+    for text in tqdm(documents, desc="counting", unit="document"):
+        counts += np.bincount(tokenizer.encode(text, add_special_tokens=False).ids, minlength=len(counts))
+    write_frequencies(settings.out, counts)
+    figures = {"vocab_size": len(counts), "tokens": int(counts.sum()), "distinct": int(np.count_nonzero(counts))}
+    _show({"path": str(settings.out), **figures}, settings.json_output)
+
+
+def table_replay(settings: TableReplaySettings) -> None:
+    from dataclasses import asdict
+
+    from tolserve.tol.frequencies import most_frequent, read_frequencies
+    from tolserve.tol.replay import Trace, interleave, render, replay
+    from tolserve.tol.size import parse_cache_size
+
+    trace = Trace.load(settings.trace)
+    steps = interleave(trace, settings.sequences)
+    given = settings.frequencies
+    frequent = most_frequent(read_frequencies(given, trace.vocab_size) if given is not None else steps.counts())
+    figures = []
+    for size in [settings.cache] if settings.cache is not None else ["1%", "5%", "10%", "20%"]:
+        # A size in bytes is refused by the settings, so a record's bytes do not matter.
+        slots = parse_cache_size(size, 1, trace.vocab_size)
+        with _Bar(f"replaying {size}", "step") as bar:
+            figures.append(replay(steps, settings.sequences, slots, settings.policy, frequent, bar))
+    if settings.json_output:
+        rows = [asdict(figure) for figure in figures]
+        print(json.dumps(rows if settings.cache is None else rows[0], indent=2))
+    else:
+        print(render(figures, trace.vocab_size))
+
+
 def study_params(settings: StudyParamsSettings) -> None:
     from tolserve.study.params import render, report
 
@@ -194,6 +241,8 @@ COMMANDS = {
     ("table", "verify"): Command(TableVerifySettings, table_verify),
     ("table", "inspect"): Command(TableInspectSettings, table_inspect),
     ("table", "export"): Command(TableExportSettings, table_export),
+    ("table", "freq"): Command(TableFreqSettings, table_freq),
+    ("table", "replay"): Command(TableReplaySettings, table_replay),
     ("study", "params"): Command(StudyParamsSettings, study_params),
 }
 

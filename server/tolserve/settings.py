@@ -46,10 +46,13 @@ Bytes = Annotated[str, _written_as(rf"auto|{_BYTES}", "auto or bytes with a unit
 CacheSize = Annotated[
     str, _written_as(rf"[0-9]+|{_BYTES}|{_NUMBER}%", "records (12826), bytes with a unit (2GiB) or a share (10%)")
 ]
+CacheSlots = Annotated[str, _written_as(rf"[0-9]+|{_NUMBER}%", "records (12826) or a share of the table (10%)")]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+PolicyName = Literal["lru", "s3fifo", "static", "half-pinned", "context"]
 
 
 class OptionError(ValueError):
@@ -152,7 +155,8 @@ class EngineOptions(Options):
     table: Path | None = Field(None, description="table directory; else MODEL/tol, else built once into --cache-dir")
     device_cache: CacheSize = Field("10%", description="records on the device: a count, bytes (2GiB) or share (10%)")
     host_cache: CacheSize = Field("0", description="records in host memory behind the device, in the same units")
-    tol_policy: Literal["lru"] = Field("lru", description="which record leaves a full cache")
+    tol_policy: PolicyName = Field("lru", description="which record leaves a full cache")
+    tol_frequencies: Path | None = Field(None, description="token counts to preload and to pin by (`table freq`)")
     tol_encoding: Literal["bf16"] = Field("bf16", description="encoding of the table to open or to build")
     tol_io: Literal["direct", "buffered"] = Field("direct", description="read past the page cache or through it")
     max_num_seqs: Positive = Field(32, description="sequences in one step at most")
@@ -283,6 +287,28 @@ class TableExportSettings(Options):
     model: CliPositionalArg[Path] = Field(description="model directory with its memory.* tensors")
     out: CliPositionalArg[Path] = Field(description="new model directory")
     json_output: bool = Field(False, description="print the result as JSON")
+
+
+class TableFreqSettings(Options):
+    """Count the tokens of texts, for --tol-frequencies."""
+
+    text: CliPositionalArg[list[Path]] = Field(min_length=1, description="text, .jsonl or .txt, may end in .gz")
+    tokenizer: Path = Field(description="model directory whose tokenizer.json counts, or such a file")
+    out: Path = Field(description="file to write, .npz")
+    json_output: bool = Field(False, description="print what was counted as JSON")
+
+
+class TableReplaySettings(Options):
+    """Replay a recorded trace through a replacement policy, beside LRU and the optimum."""
+
+    trace: Path = Field(description="trace to replay, an .npz of tokens, offsets and vocab_size")
+    cache: CacheSlots | None = Field(None, description="records or a share (10%); 1, 5, 10 and 20% if not given")
+    sequences: int = Field(32, ge=1, le=4096, description="sequences that run side by side")
+    policy: PolicyName = Field("lru", description="which record leaves a full cache")
+    frequencies: Path | None = Field(
+        None, description="list for policies that pin; the trace's first half if not given"
+    )
+    json_output: bool = Field(False, description="print the figures as JSON")
 
 
 class StudyParamsSettings(Options):

@@ -127,7 +127,18 @@ def test_the_key_may_come_from_a_file_and_is_never_shown(tmp_path: Path) -> None
 def test_the_engine_gets_its_part_as_plain_json(tmp_path: Path) -> None:
     options = load(tmp_path, "--table", "t", "--device-cache", "64").engine_json()
     assert set(options) == {
-        *("model", "table", "device", "dtype", "device_cache", "host_cache", "tol_policy", "tol_encoding", "tol_io"),
+        *(
+            "model",
+            "table",
+            "device",
+            "dtype",
+            "device_cache",
+            "host_cache",
+            "tol_policy",
+            "tol_frequencies",
+            "tol_encoding",
+            "tol_io",
+        ),
         *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue", "cache_dir", "kv_cache"),
         *("threads", "log_level", "log_format"),
     }

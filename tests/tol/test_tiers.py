@@ -55,7 +55,7 @@ host_operations = st.lists(
 def test_the_host_tier_keeps_the_latest_records_within_its_size(trace: list[tuple[str, int]], slots: int) -> None:
     records = random_records(10, 32)
     evictions = Metrics().counter("evictions", "", ("tier",), [("host",)])
-    tier = HostTier(slots, 32, "lru", evictions)
+    tier = HostTier(slots, 32, make_policy("lru", slots), evictions)
     order: list[int] = []  # keys that take a slot, oldest use first
     reserved: set[int] = set()
     evicted = 0

@@ -18,8 +18,10 @@ from tolserve.metrics import Metrics
 from tolserve.model.build import build_table
 from tolserve.model.checkpoint import Checkpoint, load_transformer, read_fingerprint
 from tolserve.model.config import ModelConfig
+from tolserve.tol.frequencies import most_frequent, read_frequencies
 from tolserve.tol.manifest import ENCODING
 from tolserve.tol.pager import Pager
+from tolserve.tol.policy import NEED_FREQUENCIES
 from tolserve.tol.size import parse_bytes, parse_cache_size
 from tolserve.tol.table import Table, TableError
 
@@ -110,12 +112,18 @@ def _pager(
     device_slots = parse_cache_size(settings.device_cache, manifest.record_bytes, manifest.vocab_size)
     if device_slots < 1:
         raise SettingsError(f"--device-cache {settings.device_cache}: at least one record must fit")
+    frequent = None
+    if settings.tol_frequencies is not None:
+        frequent = most_frequent(read_frequencies(Path(settings.tol_frequencies), manifest.vocab_size))
+    if frequent is None and settings.tol_policy in NEED_FREQUENCIES:
+        raise SettingsError(f"--tol-policy {settings.tol_policy} needs --tol-frequencies (`tolserve table freq`)")
     pager = Pager(
         table,
         device_slots=device_slots,
         host_slots=parse_cache_size(settings.host_cache, manifest.record_bytes, manifest.vocab_size),
         device=device,
         policy=settings.tol_policy,
+        frequent=frequent,
         io=settings.tol_io,
         metrics=metrics,
     )
@@ -123,6 +131,9 @@ def _pager(
     if device_slots >= manifest.vocab_size:
         log.info("filling the device tier")
         pager.preload()
+    elif frequent is not None:
+        log.info("filling the device tier with the most frequent records")
+        pager.preload(frequent)
     return pager
 
 

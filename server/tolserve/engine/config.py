@@ -16,6 +16,7 @@ class EngineSettings:
     device_cache: str = "10%"
     host_cache: str = "0"
     tol_policy: str = "lru"
+    tol_frequencies: str | None = None
     tol_encoding: str = "bf16"
     tol_io: str = "direct"
     max_num_seqs: int = 32

@@ -64,6 +64,8 @@ class Engine:
         """Drop a request and everything it holds; one that is gone already is no error."""
         if (sequence := self._sequences.pop(request_id, None)) is not None:
             self.scheduler.remove(sequence)
+            if self.pager is not None:
+                self.pager.end(request_id)
 
     def refresh_metrics(self) -> None:
         """Bring gauges up to date between steps, finished fills included."""
@@ -102,6 +104,8 @@ class Engine:
         """Pin the step's records, then let the reads of the prompts' next chunks run while this step computes."""
         if self.pager is None:
             return None
+        for chunk in chunks:
+            self.pager.advance(chunk.sequence.request_id, chunk.tokens)
         lease = self.pager.acquire(_distinct(token for chunk in chunks for token in chunk.tokens))
         for chunk in chunks:
             following = chunk.sequence.tokens[chunk.end : chunk.end + self.scheduler.max_tokens]

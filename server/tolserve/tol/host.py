@@ -6,17 +6,17 @@ Inclusive: a record read from disk for the device tier is kept here too, so that
 import numpy as np
 
 from tolserve.metrics import Metric
-from tolserve.tol.policy import make_policy
+from tolserve.tol.policy.base import Policy
 from tolserve.tol.table import Bytes
 
 
 class HostTier:
     """`slots` records of `record_bytes`, exactly. Used by one thread; reader threads only fill what was reserved."""
 
-    def __init__(self, slots: int, record_bytes: int, policy: str, evictions: Metric) -> None:
+    def __init__(self, slots: int, record_bytes: int, policy: Policy, evictions: Metric) -> None:
         self.slots = slots
         self._records = np.empty((slots, record_bytes), np.uint8)  # pages are taken from the system when first written
-        self._policy = make_policy(policy, slots)
+        self.policy = policy
         self._evictions = evictions
         self._free = list(range(slots))
         self._slot_of: dict[int, int] = {}
@@ -35,20 +35,20 @@ class HostTier:
 
     def get(self, key: int) -> Bytes:
         """The record uint8 [record_bytes] as it lies here, valid until the next `reserve`. Counts as a use."""
-        self._policy.touch(key)
+        self.policy.touch(key)
         return self._records[self._slot_of[key]]
 
     def reserve(self, key: int) -> Bytes | None:
         """Room for a record that is about to be read, protected until `settle`. None if there is no room."""
         if not self._free:
-            victim = self._policy.victim(lambda other: other not in self._reserved)
+            victim = self.policy.victim(lambda other: other not in self._reserved)
             if victim is None:
                 return None
             self._remove(victim)
             self._evictions.add(1, "host")
         slot = self._slot_of[key] = self._free.pop()
         self._reserved.add(key)
-        self._policy.insert(key)
+        self.policy.insert(key)
         return self._records[slot]
 
     def settle(self, key: int, arrived: bool) -> None:
@@ -59,12 +59,12 @@ class HostTier:
                 self._remove(key)
 
     def _remove(self, key: int) -> None:
-        self._policy.remove(key)
+        self.policy.remove(key)
         self._free.append(self._slot_of.pop(key))
 
     def check(self) -> None:
         """Raises RuntimeError when map, free list and policy disagree."""
         if sorted([*self._free, *self._slot_of.values()]) != list(range(self.slots)):
             raise RuntimeError("host tier: slots are lost or used twice")
-        if set(self._policy.keys()) != self._slot_of.keys() or not self._reserved <= self._slot_of.keys():
+        if set(self.policy.keys()) != self._slot_of.keys() or not self._reserved <= self._slot_of.keys():
             raise RuntimeError("host tier: the policy does not know the records that are there")

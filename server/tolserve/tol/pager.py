@@ -6,7 +6,7 @@ aside for them; it notices their arrival (`poll`) and only then counts and maps 
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -100,11 +100,15 @@ class Pager:
         host_slots: int,
         device: Device,
         policy: str = "lru",
+        frequent: Sequence[int] | None = None,
         io: str = "direct",
         read_depth: int = 8,
         metrics: Metrics,
     ) -> None:
-        """Sizes in records. Raises ValueError for an unknown policy, io, device or a size that cannot be."""
+        """Sizes in records; `frequent` tokens are for policies that need them, the most frequent first.
+
+        Raises ValueError for an unknown policy, io, device or a size that cannot be.
+        """
         if device_slots < 1 or host_slots < 0:
             raise ValueError(
                 f"device cache of {device_slots} and host cache of {host_slots} records: "
@@ -114,9 +118,12 @@ class Pager:
         self.table = table
         self.slots = min(device_slots, manifest.vocab_size)
         self._count = Counters(metrics)
-        self._policy = make_policy(policy, self.slots)
+        self._policy = make_policy(policy, self.slots, frequent)
         self._host = HostTier(
-            min(host_slots, manifest.vocab_size), manifest.record_bytes, policy, self._count.evictions
+            min(host_slots, manifest.vocab_size),
+            manifest.record_bytes,
+            make_policy(policy, min(host_slots, manifest.vocab_size), frequent),
+            self._count.evictions,
         )
         self.arena = DeviceArena(self.slots, len(manifest.layers), manifest.hidden_size, device)
         self.disk = DiskSource(table, io, read_depth)
@@ -135,6 +142,16 @@ class Pager:
         self._count.slots.set(self.slots, "device")
         self._count.slots.set(self._host.slots, "host")
         self._count.record_bytes.set(manifest.record_bytes)
+
+    def advance(self, sequence: Hashable, tokens: Sequence[int]) -> None:
+        """Tell the policies that the step about to be acquired runs these tokens of a sequence, all, in order."""
+        self._policy.advance(sequence, tokens)
+        self._host.policy.advance(sequence, tokens)
+
+    def end(self, sequence: Hashable) -> None:
+        """Tell the policies that a sequence is over; one that never ran is no error."""
+        self._policy.end(sequence)
+        self._host.policy.end(sequence)
 
     def acquire(self, tokens: Sequence[int]) -> Lease:
         """Pin the records of a step's tokens and start the missing reads, all at once.
@@ -223,6 +240,7 @@ class Pager:
                 break
             if token not in self._slot_of:
                 self._start(token, self._free.pop(), "preload")
+                self._policy.touch(token)  # it came for no coming step
             while len(self._inflight) >= _PRELOAD_QUEUE * self._read_depth:
                 self._land(block=True)
         while self._inflight:

@@ -1,0 +1,119 @@
+"""Every policy does what its slow twin does."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tol.policies import SlowContext, SlowLRU, SlowPinned, SlowS3FIFO
+from tolserve.tol.policy import NEED_FREQUENCIES, POLICIES, make_policy
+from tolserve.tol.policy.context import Context
+
+KEYS = 12
+LISTED = [7, 3, 9, 1, 5, 0]
+SLOTS = 8
+# half-life and window are powers of two and small, so that sums are exact and windows overflow.
+TWINS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "lru": (lambda: make_policy("lru", SLOTS), SlowLRU),
+    "s3fifo": (lambda: make_policy("s3fifo", 20), lambda: SlowS3FIFO(20)),
+    "static": (lambda: make_policy("static", 6, LISTED), lambda: SlowPinned(LISTED[:5])),
+    "half-pinned": (lambda: make_policy("half-pinned", SLOTS, LISTED), lambda: SlowPinned(LISTED[:4])),
+    "context": (lambda: Context(16, 4), lambda: SlowContext(16, 4)),
+    "context, fast decay": (lambda: Context(0.0625, 3), lambda: SlowContext(0.0625, 3)),
+}
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["step", "step", "step", "prefetch", "drop", "end", "ask"]),
+        st.integers(0, 2),
+        st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=4),
+        st.sets(st.integers(0, KEYS - 1)),
+    ),
+    max_size=60,
+)
+
+
+class Both:
+    """A policy and its twin in a tier of SLOTS, told the same; what they answer must be equal."""
+
+    def __init__(self, name: str) -> None:
+        self.policies = [make() for make in TWINS[name]]
+        self.resident: set[int] = set()
+
+    def tell(self, what: str, *arguments: Any) -> None:
+        for policy in self.policies:
+            getattr(policy, what)(*arguments)
+
+    def victim(self, protected: set[int]) -> int | None:
+        found = [policy.victim(lambda key: key not in protected) for policy in self.policies]
+        assert found[0] == found[1]
+        assert found[0] is not None or self.resident <= protected
+        return found[0]
+
+    def remove(self, key: int) -> None:
+        self.tell("remove", key)
+        self.resident.remove(key)
+
+    def bring_in(self, key: int, protected: set[int]) -> None:
+        if key in self.resident:
+            return
+        if len(self.resident) == SLOTS:
+            if (victim := self.victim(protected)) is None:
+                return
+            self.remove(victim)
+        self.tell("insert", key)
+        self.resident.add(key)
+
+    def step(self, sequence: int, keys: list[int], protected: set[int]) -> None:
+        self.tell("advance", sequence, keys)
+        for key in dict.fromkeys(keys):
+            self.bring_in(key, protected | set(keys))
+            if key in self.resident:
+                self.tell("touch", key)
+
+    def check(self) -> None:
+        orders = [list(policy.keys()) for policy in self.policies]
+        assert orders[0] == orders[1]
+        assert sorted(orders[0]) == sorted(self.resident)
+
+
+@pytest.mark.parametrize("name", TWINS)
+@given(steps)
+def test_a_policy_against_its_slow_twin(name: str, trace: list[tuple[str, int, list[int], set[int]]]) -> None:
+    both = Both(name)
+    for action, sequence, keys, protected in trace:
+        if action == "end":
+            both.tell("end", sequence)
+        elif action == "drop" and keys[0] in both.resident:
+            both.remove(keys[0])
+        elif action == "ask":
+            both.victim(protected)
+        elif action == "prefetch":
+            for key in keys:
+                both.bring_in(key, protected)
+        elif action == "step":
+            both.step(sequence, keys, protected)
+        both.check()
+
+
+def test_every_policy_has_a_twin() -> None:
+    assert set(POLICIES) <= TWINS.keys()
+
+
+@pytest.mark.parametrize("name", NEED_FREQUENCIES)
+def test_pinning_needs_a_list(name: str) -> None:
+    with pytest.raises(ValueError, match="needs a frequency list"):
+        make_policy(name, 4)
+
+
+def test_a_context_keeps_its_order_over_any_time() -> None:
+    """Its counts are scaled down before they overflow, and nothing else changes."""
+    policy = Context(0.5, 2)
+    for key in (1, 2, 3):
+        policy.insert(key)
+        policy.touch(key)
+    for round_ in range(2000):
+        policy.advance("s", (1 + round_ % 3,))
+    assert list(policy.keys()) == [3, 1, 2]
+    assert policy.victim(lambda key: True) == 3
