@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from tolserve import __version__
 from tolserve.cli import COMMANDS, main
+from tolserve.settings import DEMO_MODEL
+from tolserve.tol.frequencies import read_frequencies
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,3 +99,46 @@ def test_the_papers_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(json.loads(capsys.readouterr().out)) == 15
     assert main(["study", "params"]) == 0
     assert "flex" in capsys.readouterr().out
+
+
+def test_replay_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.npz"
+    # The second half goes round through five tokens: LRU with four slots misses them all, the optimum does not.
+    np.savez(trace, tokens=[0] * 40 + [1, 2, 3, 4, 5] * 8, offsets=[0, 80], vocab_size=40)
+    argv = ["table", "replay", "--trace", str(trace), "--sequences", "1"]
+    assert main([*argv, "--cache", "10%", "--policy", "half-pinned", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["policy"], shown["slots"], shown["sequences"]) == ("half-pinned", 4, 1)
+    assert shown["lru_hit_rate"] == 0 <= shown["hit_rate"] <= shown["oracle_hit_rate"] < 1
+    assert shown["oracle_hit_rate"] > 0.5
+    assert main([*argv, "--cache", "5"]) == 0
+    assert "12.5%" in capsys.readouterr().out
+    assert main([*argv, "--cache", "0"]) == 1
+    assert "0 slots do not hold" in capsys.readouterr().err
+    assert main([*argv, "--cache", "1GiB"]) == 2
+    assert "--cache" in capsys.readouterr().err
+    assert main(["table", "replay", "--trace", str(tmp_path)]) == 1
+    assert "no trace" in capsys.readouterr().err
+
+
+def test_the_curve_has_a_line_for_each_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.npz"
+    np.savez(trace, tokens=np.arange(600) % 37, offsets=[0, 300, 600], vocab_size=200)
+    assert main(["table", "replay", "--trace", str(trace), "--sequences", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["slots", "2", "10", "20", "40"]
+
+
+def test_a_frequency_list_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The lake was cold. The lake was wide.")
+    out = tmp_path / "list.npz"
+    argv = ["table", "freq", str(text), "--tokenizer", str(DEMO_MODEL), "--out", str(out), "--json"]
+    assert main(argv) == 0
+    shown = json.loads(capsys.readouterr().out)
+    counts = read_frequencies(out, shown["vocab_size"])
+    assert counts.sum() == shown["tokens"] > shown["distinct"] == np.count_nonzero(counts)
+    tokenizer = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    assert counts[tokenizer.encode(" lake").ids[0]] == 2
+    assert main([*argv[:3], "--tokenizer", str(tmp_path), "--out", str(out)]) == 2
+    assert "tokenizer.json" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from tolserve.engine.config import EngineSettings
 from tolserve.model.build import build_table, export
 from tolserve.model.checkpoint import WEIGHTS, is_memory_tensor, read_fingerprint
 from tolserve.model.config import ModelConfig
+from tolserve.tol.frequencies import FrequencyError, write_frequencies
 from tolserve.tol.table import TableError, TableWriter
 
 
@@ -161,6 +162,8 @@ def test_an_exported_model_gives_the_same_answers(
         ({"kv_cache": "20KiB"}, "--kv-cache 20KiB.*--max-model-len 128"),
         ({"device_cache": "lots"}, "lots"),
         ({"tol_policy": "magic"}, "magic"),
+        ({"tol_policy": "static"}, "--tol-policy static needs --tol-frequencies"),
+        ({"tol_frequencies": "/nowhere/list.npz"}, "no frequency list"),
         ({"tol_io": "mmap"}, "mmap"),
     ],
 )
@@ -171,10 +174,28 @@ def test_settings_that_do_not_fit_are_refused_by_name(
         assemble(EngineSettings(model=str(tiny_model_dir), cache_dir=str(cache_dir), device="cpu", **options))
 
 
+@pytest.mark.parametrize("policy", ["lru", "half-pinned", "context"])
+def test_the_most_frequent_records_are_there_at_the_start(
+    tiny_model_dir: Path, cache_dir: Path, tmp_path: Path, policy: str
+) -> None:
+    counts = np.zeros(300, np.int64)
+    counts[[250, 40, 299]] = [5, 9, 1]
+    write_frequencies(tmp_path / "list.npz", counts)
+    options = {"tol_frequencies": str(tmp_path / "list.npz"), "tol_policy": policy}
+    with open_engine(tiny_model_dir, cache_dir, device_cache="2", **options) as engine:
+        assert engine.pager is not None
+        assert {resident.token for resident in engine.pager.view(10).residents} == {40, 250}
+    write_frequencies(tmp_path / "list.npz", counts[:299])
+    with pytest.raises(FrequencyError, match="299 tokens; this one has 300"):
+        assemble(EngineSettings(model=str(tiny_model_dir), cache_dir=str(cache_dir), device="cpu", **options))
+
+
 def test_a_base_model_has_no_table(model_dir_of: Callable[[ModelConfig], Path], cache: Path, tmp_path: Path) -> None:
     base = model_dir_of(tiny_config("base"))
     with pytest.raises(SettingsError, match="base model has no table"):
         assemble(EngineSettings(model=str(base), cache_dir=str(cache), device="cpu", table=str(tmp_path)))
+    with pytest.raises(SettingsError, match="--tol-frequencies.*base model has no table"):
+        assemble(EngineSettings(model=str(base), cache_dir=str(cache), device="cpu", tol_frequencies="list.npz"))
     with open_engine(base, cache) as engine:
         assert engine.pager is None
     assert not cache.exists()

@@ -86,6 +86,8 @@ def test_answers_are_bit_identical_whatever_the_tiers(engine_of: OpenEngine) -> 
         {"device_cache": str(STEP), "host_cache": "20"},
         {"device_cache": "10%", "host_cache": "100%"},
         {"device_cache": "37", "tol_io": "buffered"},
+        {"device_cache": str(STEP), "host_cache": "20", "tol_policy": "s3fifo"},
+        {"device_cache": str(STEP), "host_cache": "20", "tol_policy": "context"},
         {"device_cache": "100%"},
     ]
     for cache in caches:
@@ -185,6 +187,25 @@ def test_draws_go_by_the_position_in_the_whole_text(engine_of: OpenEngine) -> No
         whole = serve(engine, [request("r", prompt, 16, temperature=1.5, seed=9)])["r"].tokens
         rest = serve(engine, [request("r", prompt + whole[:5], 11, temperature=1.5, seed=9)])["r"].tokens
     assert rest == whole[5:]
+
+
+def test_the_policy_hears_of_every_sequence_until_it_ends(engine_of: OpenEngine) -> None:
+    with engine_of(device_cache="24", max_num_batched_tokens=8) as engine:
+        assert engine.pager is not None
+        told: list[tuple[str, tuple[int, ...]]] = []
+        policy = engine.pager._policy
+        policy.advance = lambda name, tokens: told.append((name, tuple(tokens)))  # type: ignore[method-assign]
+        policy.end = lambda name: told.append((name, ()))  # type: ignore[method-assign]
+        submit(engine, [request("whole", prompt_of(20, 1), 4), request("left", prompt_of(20, 2), 30)])
+        answers: Answers = {}
+        while "whole" not in answers or answers["whole"].finish_reason is None:
+            collect(answers, engine.step())
+        engine.abort("left")
+        engine.abort("left")
+    ran = [token for name, tokens in told if name == "whole" for token in tokens]
+    assert ran == [*prompt_of(20, 1), *answers["whole"].tokens[:-1]]
+    assert sorted(name for name, tokens in told if not tokens) == ["left", "whole"]
+    assert told[-1] == ("left", ())
 
 
 def test_a_request_that_goes_away_takes_all_it_held_with_it(engine_of: OpenEngine) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tol.tables import HeldTable, Records, bytes_in, flip_byte, make_table, open_pager, shard_file, value
 from tolserve.metrics import Metrics
 from tolserve.tol.pager import Lease, Pager, RecordsUnavailable
+from tolserve.tol.policy import POLICIES
 from tolserve.tol.table import Table
 from tolserve.tol.view import EVICTIONS_KEPT
 
@@ -63,13 +64,14 @@ steps = st.lists(
 )
 
 
-@given(steps, st.integers(1, 9), st.integers(0, 12), st.integers(1, 4))
-@settings(max_examples=60)
+@given(steps, st.integers(1, 9), st.integers(0, 12), st.integers(1, 4), st.sampled_from(POLICIES))
+@settings(max_examples=100)
 def test_any_interleaving_hands_out_the_tables_bytes(
-    small: tuple[Table, Records], trace: list[Step], slots: int, host_slots: int, depth: int
+    small: tuple[Table, Records], trace: list[Step], slots: int, host_slots: int, depth: int, policy: str
 ) -> None:
     table, records = small
-    with open_pager(table, slots, host_slots, read_depth=depth) as (pager, metrics):
+    options = {"read_depth": depth, "policy": policy, "frequent": [3, 1, 7, 0, 12]}
+    with open_pager(table, slots, host_slots, **options) as (pager, metrics):
         open_leases: list[Lease] = []
         waited_for: set[int] = set()
         lookups = 0
@@ -80,6 +82,7 @@ def test_any_interleaving_hands_out_the_tables_bytes(
                     with pytest.raises(ValueError, match="split the step"):
                         pager.acquire(asked)
                     continue
+                pager.advance(len(asked), asked)
                 lease = pager.acquire(asked)
                 lookups += len(set(asked))
                 assert lease.slot_of.keys() == set(asked)
@@ -96,6 +99,7 @@ def test_any_interleaving_hands_out_the_tables_bytes(
                 pager.release(lease)
             elif action == "poll":
                 pager.poll()
+                pager.end(len(asked))
             pager.check()
             # Several leases may be out; what was once there must stay, byte for byte, until its release.
             for lease in open_leases:

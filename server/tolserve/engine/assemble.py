@@ -106,6 +106,8 @@ def _pager(
     if not config.has_memory:
         if settings.table is not None:
             raise SettingsError(f"--table {settings.table}: a base model has no table")
+        if settings.tol_frequencies is not None:
+            raise SettingsError(f"--tol-frequencies {settings.tol_frequencies}: a base model has no table")
         return None
     table = find_table(settings, model_dir, config)
     manifest = table.manifest

@@ -129,6 +129,7 @@ def hit_rate(steps: Steps, slots: int, policy: Policy, progress: Progress | None
 
 def _use(policy: Policy, resident: set[int], wanted: list[int], slots: int) -> int:
     """One step; returns its misses."""
+    in_use = set(wanted)
     missing = []
     for token in wanted:
         if token in resident:
@@ -137,7 +138,7 @@ def _use(policy: Policy, resident: set[int], wanted: list[int], slots: int) -> i
             missing.append(token)
     for token in missing:
         if len(resident) == slots:
-            victim = policy.victim(lambda key: key not in wanted)
+            victim = policy.victim(lambda key: key not in in_use)
             if victim is None:
                 raise RuntimeError("the policy names no victim though records are out of use")
             policy.remove(victim)
