@@ -1,5 +1,6 @@
 """Every policy does what its slow twin does."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -117,3 +118,20 @@ def test_a_context_keeps_its_order_over_any_time() -> None:
         policy.advance("s", (1 + round_ % 3,))
     assert list(policy.keys()) == [3, 1, 2]
     assert policy.victim(lambda key: True) == 3
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_long_trace_against_the_slow_twin(name: str) -> None:
+    """Long enough for tokens whose contexts are over to outweigh some that a context holds."""
+    draw = random.Random(0)
+    both = Both(name)
+    for _ in range(400):
+        keys = [min(draw.randrange(KEYS), draw.randrange(KEYS)) for _ in range(draw.randint(1, 3))]
+        sequence = draw.randrange(3)
+        if draw.random() < 0.2:
+            both.tell("end", sequence)
+        if draw.random() < 0.3:
+            both.bring_in(draw.randrange(KEYS), set())
+        both.step(sequence, keys, set())
+        both.victim({draw.randrange(KEYS)})
+        both.check()
