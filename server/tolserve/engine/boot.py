@@ -21,7 +21,7 @@ def die_with_parent(parent: int) -> None:
     """Let the kernel kill this process when its parent ends, even while it is stopped or deep in a step.
 
     Linux alone; elsewhere the closing of standard input must do. The signal follows the parent's thread that started
-    this process, which is the main one.
+    this process: the main one, or under Ray that of the replica.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

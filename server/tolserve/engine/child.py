@@ -70,8 +70,9 @@ class Child:
     def __init__(
         self, context: zmq.asyncio.Context, settings: dict[str, Any], on_ready: Callable[[Ready], None]
     ) -> None:
-        """To be called on the main thread, in a running event loop. `settings` is the JSON form of
-        engine.config.EngineSettings. Raises OSError when no process can be started."""
+        """To be called in a running event loop, on a thread that lives as long as the process: the engine ends with
+        it. `settings` is the JSON form of engine.config.EngineSettings. Raises OSError when no process can be started.
+        """
         self._on_ready = on_ready
         self.ready_since: float | None = None  # monotonic
         self.metrics: list[Metric] = []

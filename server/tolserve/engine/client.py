@@ -26,7 +26,7 @@ STEADY_SECONDS = 60.0
 
 
 class EngineError(RuntimeError):
-    """A request that the engine could not serve; `kind` as in request.Failure."""
+    """What the engine could not serve; `kind` as in request.Failure, or "slow" for a question that timed out."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -63,7 +63,8 @@ class EngineClient:
         return self.failure is None
 
     def start(self) -> None:
-        """To be called on the main thread, in a running event loop. Raises OSError when no process can be started."""
+        """To be called in a running event loop, on a thread that lives as long as the process. Raises OSError when no
+        process can be started."""
         self._context = zmq.asyncio.Context()
         self._child = Child(self._context, self._settings, self._became_ready)
         self._supervisor = asyncio.create_task(self._supervise(self._child))
