@@ -61,9 +61,9 @@ class HeldTable(Table):
         self._go = threading.Event()
         self._go.set()
 
-    def check(self, token: int, payload: Bytes) -> None:
+    def check(self, token: int, payload: Bytes, groups: range | None = None) -> None:
         self._go.wait(60)
-        super().check(token, payload)
+        super().check(token, payload, groups)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[threading.Event]:

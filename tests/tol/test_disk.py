@@ -1,25 +1,40 @@
 """Reading records from disk: the same bytes however they are read, several at once, and every fault named."""
 
+import itertools
 import os
 import threading
 import time
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tol.tables import SHAPES, flip_byte, make_table, shard_file
-from tolserve.tol.disk import Deliver, DiskSource, Read
+from tol.tables import SHAPES, Records, flip_byte, make_table, shard_file
+from tolserve.tol.disk import Deliver, DiskSource, Read, ReadRequest
+from tolserve.tol.manifest import Group
 from tolserve.tol.table import Bytes, RecordError, Table
 
 
+def request(token: int, deliver: Deliver = np.copy, groups: range = range(1)) -> ReadRequest:
+    return ReadRequest(token, groups, deliver)
+
+
 def read_one(source: DiskSource, token: int, deliver: Deliver = np.copy) -> Read:
-    source.submit(token, deliver)
-    read = source.finished(block=True)
-    assert read is not None
+    source.submit([request(token, deliver)])
+    (read,) = source.finished(block=True)
     assert read.token == token
-    assert source.finished(block=False) is None
+    assert source.finished(block=False) == []
     return read
+
+
+def read_all(source: DiskSource, count: int) -> list[Read]:
+    reads: list[Read] = []
+    while len(reads) < count:
+        reads += source.finished(block=True)
+    assert source.finished(block=False) == []
+    return reads
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -28,13 +43,11 @@ def read_one(source: DiskSource, token: int, deliver: Deliver = np.copy) -> Read
 def test_every_record_arrives_as_written(tmp_path: Path, shape: str, io: str, depth: int) -> None:
     table, records = make_table(tmp_path / "t", 50, shape, shard_bytes=100_000)
     source = DiskSource(table, io, depth)
-    for token in range(50):
-        source.submit(token, np.copy)
-    reads = [source.finished(block=True) for _ in range(50)]
+    source.submit([request(token) for token in range(50)])
+    reads = read_all(source, 50)
     source.close()
     pages = set()
     for read in reads:
-        assert read is not None
         assert read.error is None
         assert read.fault is None
         assert read.failures == ()
@@ -42,8 +55,53 @@ def test_every_record_arrives_as_written(tmp_path: Path, shape: str, io: str, de
         assert np.array_equal(read.delivered, records[read.token])
         if read.bytes % 4096 == 0:  # all but a packed record at the end of its file
             pages.add(read.bytes // 4096)
-    assert {read.token for read in reads if read is not None} == set(range(50))
+    assert sorted(read.token for read in reads) == list(range(50))
     assert pages == {"page": {1}, "padded": {2}, "packed": {1, 2}}[shape]
+
+
+def grouped(path: Path, shape: str, vocab_size: int, groups: int) -> tuple[Table, Records]:
+    """A table whose records have this many groups of one layer or more, and the records."""
+    table, records = make_table(path, vocab_size, shape)
+    manifest = table.manifest
+    bounds = [len(manifest.layers) * index // groups for index in range(groups + 1)]
+    row = manifest.record_bytes // len(manifest.layers)
+    parts = tuple(
+        Group(manifest.layers[first:last], first * row, (last - first) * row)
+        for first, last in itertools.pairwise(bounds)
+    )
+    checksums = [
+        [zlib.crc32(record[part.offset : part.offset + part.bytes].data, token) for part in parts]
+        for token, record in enumerate(records)
+    ]
+    return Table(path, replace(manifest, groups=parts), np.array(checksums, np.uint32)), records
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_consecutive_groups_arrive_as_one_range_of_bytes(tmp_path: Path, shape: str, io: str) -> None:
+    table, records = grouped(tmp_path / "t", shape, 10, 3)
+    source = DiskSource(table, io)
+    ranges = [range(first, last) for first in range(3) for last in range(first + 1, 4)]
+    source.submit([request(token, groups=groups) for token in range(10) for groups in ranges])
+    reads = read_all(source, 10 * len(ranges))
+    assert len({(read.token, read.groups) for read in reads}) == 10 * len(ranges)
+    parts = table.manifest.groups
+    for read in reads:
+        first, last = parts[read.groups.start], parts[read.groups.stop - 1]
+        expected = records[read.token, first.offset : last.offset + last.bytes]
+        assert np.array_equal(read.delivered, expected)
+        covering = -(-(expected.size + 4095) // 4096) * 4096
+        assert expected.size <= read.bytes <= covering + 4096
+    flip_byte(table, 7, at=parts[1].offset)
+    for groups in ranges:
+        source.submit([request(7, groups=groups)])
+        (read,) = source.finished(block=True)
+        assert (read.error is not None) == (1 in groups)
+    for groups in (range(0), range(2, 4), range(0, 3, 2), range(-1, 1)):
+        with pytest.raises(ValueError, match="no consecutive groups"):
+            source.submit([request(0), request(0, groups=groups)])
+    assert source.finished(block=False) == []
+    source.close()
 
 
 def test_direct_reads_are_direct_where_the_file_system_allows_it(tmp_path: Path) -> None:
@@ -64,10 +122,8 @@ def test_reads_run_at_the_same_time(tmp_path: Path) -> None:
     table, _ = make_table(tmp_path / "t")
     source = DiskSource(table, depth=4)
     together = threading.Barrier(4, timeout=30)  # breaks, and fails the reads, unless four of them meet
-    for token in range(4):
-        source.submit(token, lambda payload: together.wait())
-    reads = [source.finished(block=True) for _ in range(4)]
-    assert sorted(read.delivered for read in reads if read is not None) == [0, 1, 2, 3]
+    source.submit([request(token, lambda payload: together.wait()) for token in range(4)])
+    assert sorted(read.delivered for read in read_all(source, 4)) == [0, 1, 2, 3]
     assert source.peak_outstanding == 4
     source.close()
 
@@ -110,9 +166,9 @@ def test_an_error_of_the_system_is_one_of_the_record(tmp_path: Path) -> None:
 class HealingTable(Table):
     """Puts a damaged byte right as soon as the damage was noticed."""
 
-    def check(self, token: int, payload: Bytes) -> None:
+    def check(self, token: int, payload: Bytes, groups: range | None = None) -> None:
         try:
-            super().check(token, payload)
+            super().check(token, payload, groups)
         except RecordError:
             flip_byte(self, token)
             raise
@@ -156,14 +212,12 @@ def test_closing_fails_what_is_queued_and_gives_back_every_descriptor(tmp_path: 
         while not source._closing:
             time.sleep(0.001)
 
-    source.submit(0, until_closing)
-    for token in (1, 2, 3):
-        source.submit(token, np.copy)
+    source.submit([request(0, until_closing), *(request(token) for token in (1, 2, 3))])
     source.close()
     source.close()
-    reads = [source.finished(block=False) for _ in range(5)]
-    assert [read.token for read in reads if read is not None] == [0, 1, 2, 3]
-    assert all(read is not None and read.error is not None and "closed" in str(read.error) for read in reads[1:4])
+    reads = source.finished(block=False)
+    assert [read.token for read in reads] == [0, 1, 2, 3]
+    assert all(read.error is not None and "closed" in str(read.error) for read in reads[1:])
     assert len(os.listdir("/proc/self/fd")) == before
     (table.path / table.manifest.shards[-1].file).unlink()
     with pytest.raises(FileNotFoundError):

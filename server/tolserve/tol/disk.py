@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,10 +28,24 @@ ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
-class Read:
-    """How the reading of one record went: `error` or `fault` is set if it is not where it was to be delivered."""
+class ReadRequest:
+    """Consecutive layer groups of a record, read as one range of bytes.
+
+    `deliver(payload)` is called with the verified bytes of those groups; it must copy them out, since the buffer is
+    used again. What it returns comes back in `Read.delivered`.
+    """
 
     token: int
+    groups: range
+    deliver: Deliver
+
+
+@dataclass(frozen=True)
+class Read:
+    """How one request went: `error` or `fault` is set if its bytes are not where they were to be delivered."""
+
+    token: int
+    groups: range
     seconds: float  # reading, checking and delivering, without the time in the queue
     bytes: int = 0  # moved from the file, whole pages
     failures: tuple[ErrorKind, ...] = ()  # attempts that failed
@@ -41,7 +55,7 @@ class Read:
 
 
 class DiskSource:
-    """Reads records of a table, up to `depth` at the same time. Every `submit` leads to one `Read` from `finished`.
+    """Reads records of a table, up to `depth` at the same time. Every request leads to exactly one `Read`.
 
     Plain queues and no futures: a cold prompt submits hundreds of reads, and a future's locks cost more than its read.
     `io` is what is really used: "direct" falls back to "buffered" where the file system refuses it.
@@ -58,7 +72,7 @@ class DiskSource:
         self.io: IO = "direct" if io == "direct" and self._open(os.O_DIRECT) else "buffered"
         if self.io == "buffered":
             self._open(0)
-        self._jobs: queue.SimpleQueue[tuple[int, Deliver] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[ReadRequest | None] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[Read] = queue.SimpleQueue()
         self._closing = False
         self._lock = threading.Lock()
@@ -84,66 +98,78 @@ class DiskSource:
             raise
         return True
 
-    def submit(self, token: int, deliver: Deliver) -> None:
-        """Start reading a record. `deliver(payload)` is called in a reader thread once the bytes are verified; it
-        must copy them out, since the buffer is used again."""
-        self._jobs.put((token, deliver))
+    def submit(self, reads: Sequence[ReadRequest]) -> None:
+        """Start a step's reads, all at once. Never waits for the disk. Raises ValueError for groups that are none."""
+        for request in reads:
+            self._extent(request)
+        for request in reads:
+            self._jobs.put(request)
 
-    def finished(self, block: bool) -> Read | None:
-        """A read that is through, in the order of their ends; None if there is none yet and `block` is False.
+    def finished(self, block: bool) -> list[Read]:
+        """The reads that are over since the last call, in the order of their ends; with `block` at least one.
 
         Blocks for ever when nothing was submitted.
         """
-        try:
-            return self._finished.get(block)
-        except queue.Empty:
-            return None
+        reads: list[Read] = []
+        with suppress(queue.Empty):
+            while True:
+                reads.append(self._finished.get(block and not reads))
+        return reads
+
+    def _extent(self, request: ReadRequest) -> tuple[int, int]:
+        """Where in the record the request's groups start, and their bytes."""
+        every, groups = self._table.manifest.groups, request.groups
+        if groups.step != 1 or not 0 <= groups.start < groups.stop <= len(every):
+            raise ValueError(f"{groups} are no consecutive groups of a record with {len(every)}")
+        first, last = every[groups.start], every[groups.stop - 1]
+        return first.offset, last.offset + last.bytes - first.offset
 
     def _work(self) -> None:
         # Covering pages of a record, which may start anywhere in its first page; anonymous memory is page-aligned.
         buffer = mmap.mmap(-1, -(-(self._table.manifest.record_bytes + PAGE) // PAGE) * PAGE)
         while (job := self._jobs.get()) is not None:
-            token, deliver = job
             if self._closing:
-                self._finished.put(Read(token, 0.0, error=RecordError(token, "io", "the table was closed")))
+                closed = RecordError(job.token, "io", "the table was closed")
+                self._finished.put(Read(job.token, job.groups, 0.0, error=closed))
                 continue
             with self._lock:
                 self._outstanding += 1
                 self.peak_outstanding = max(self.peak_outstanding, self._outstanding)
             started = time.perf_counter()
             try:
-                read = self._read(token, deliver, buffer, started)
+                read = self._read(job, buffer, started)
             except Exception as fault:  # noqa: BLE001 - it is raised where the read is waited for
-                read = Read(token, time.perf_counter() - started, fault=fault)
+                read = Read(job.token, job.groups, time.perf_counter() - started, fault=fault)
             with self._lock:
                 self._outstanding -= 1
             self._finished.put(read)
 
-    def _read(self, token: int, deliver: Deliver, buffer: mmap.mmap, started: float) -> Read:
-        record_bytes = self._table.manifest.record_bytes
-        index, offset = self._table.locate(token)
+    def _read(self, job: ReadRequest, buffer: mmap.mmap, started: float) -> Read:
+        start, size = self._extent(job)
+        index, offset = self._table.locate(job.token)
+        offset += start
         first = offset // PAGE * PAGE
-        length = -(-(offset + record_bytes) // PAGE) * PAGE - first
-        payload: Bytes = np.frombuffer(buffer, np.uint8, record_bytes, offset - first)
+        length = -(-(offset + size) // PAGE) * PAGE - first
+        payload: Bytes = np.frombuffer(buffer, np.uint8, size, offset - first)
         moved = 0
         failures: tuple[ErrorKind, ...] = ()
         while True:
             try:
                 got = os.preadv(self._fds[index], [memoryview(buffer)[:length]], first)
                 moved += got
-                if got < offset - first + record_bytes:
-                    raise RecordError(token, "short", "the file ends before it does")
-                self._table.check(token, payload)
+                if got < offset - first + size:
+                    raise RecordError(job.token, "short", "the file ends before it does")
+                self._table.check(job.token, payload, job.groups)
                 break
             except OSError as system_error:
-                error = RecordError(token, "io", str(system_error))
+                error = RecordError(job.token, "io", str(system_error))
             except RecordError as record_error:
                 error = record_error
             failures += (error.kind,)
             if len(failures) == ATTEMPTS:
-                return Read(token, time.perf_counter() - started, moved, failures, error)
-        delivered = deliver(payload)
-        return Read(token, time.perf_counter() - started, moved, failures, delivered=delivered)
+                return Read(job.token, job.groups, time.perf_counter() - started, moved, failures, error)
+        delivered = job.deliver(payload)
+        return Read(job.token, job.groups, time.perf_counter() - started, moved, failures, delivered=delivered)
 
     def close(self) -> None:
         """Finish the running reads, fail the queued ones, close the files. A second time does nothing."""

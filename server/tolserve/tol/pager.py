@@ -14,7 +14,7 @@ from typing import Literal
 from tolserve.metrics import Metrics
 from tolserve.tol.arena import Device, DeviceArena, Event
 from tolserve.tol.counters import Counters
-from tolserve.tol.disk import DiskSource
+from tolserve.tol.disk import DiskSource, Read, ReadRequest
 from tolserve.tol.host import HostTier
 from tolserve.tol.policy import make_policy
 from tolserve.tol.table import Bytes, RecordError, Table
@@ -267,8 +267,7 @@ class Pager:
 
     def poll(self) -> None:
         """Take note of the fills that have arrived, and refresh the gauges."""
-        while self._land(block=False):
-            pass
+        self._land(block=False)
         self._copies = {slot: event for slot, event in self._copies.items() if not event.query()}
         self._count.slots_used.set(len(self._slot_of), "device")
         self._count.slots_used.set(self._host.used, "host")
@@ -329,21 +328,26 @@ class Pager:
                 return self.arena.write(slot, payload, fence)
 
             fill = self._inflight[token] = _Fill(token, slot, cause)
-            self.disk.submit(token, deliver)
+            self.disk.submit([ReadRequest(token, range(len(self.table.manifest.groups)), deliver)])
         self._slot_of[token] = slot
         self._uses[slot] = 0
         self._policy.insert(token)
         return fill
 
-    def _land(self, block: bool) -> bool:
-        """Take note of one read that is over: its record is there now, or its slot is free again.
+    def _land(self, block: bool) -> None:
+        """Take note of the reads that are over: their records are there now, or their slots are free again.
 
-        False if none was over and `block` is False; with `block`, something must be on its way. Raises what the
-        delivery raised, after cleaning up: that is a fault of ours, not of the table.
+        With `block` it waits for one, and something must be on its way. Raises what a delivery raised, after all of
+        them were noted: that is a fault of ours, not of the table.
         """
-        read = self.disk.finished(block)
-        if read is None:
-            return False
+        reads = self.disk.finished(block)
+        for read in reads:
+            self._note(read)
+        for read in reads:
+            if read.fault is not None:
+                raise read.fault
+
+    def _note(self, read: Read) -> None:
         fill = self._inflight.pop(read.token)
         fill.landed = True
         fill.error = read.error
@@ -357,9 +361,6 @@ class Pager:
             self._count_fill("disk", fill.cause, read.seconds, read.bytes)
         else:
             self._forget(read.token)
-        if read.fault is not None:
-            raise read.fault
-        return True
 
     def _copied(self, slot: int, event: Event | None) -> None:
         if event is not None:

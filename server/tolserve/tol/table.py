@@ -99,10 +99,16 @@ class Table:
         shard = self.manifest.shards[index]
         return index, shard.data_start + (token - shard.first_token) * self.manifest.record_stride
 
-    def check(self, token: int, payload: Bytes) -> None:
-        """Compare a payload uint8 [record_bytes] with the token's checksums. Raises RecordError."""
-        for index, group in enumerate(self.manifest.groups):
-            found = zlib.crc32(payload[group.offset : group.offset + group.bytes].data, token)
+    def check(self, token: int, payload: Bytes, groups: range | None = None) -> None:
+        """Compare a payload uint8 [bytes of `groups`, or the whole record's] with the token's checksums.
+
+        `groups` are consecutive. Raises RecordError.
+        """
+        groups = range(len(self.manifest.groups)) if groups is None else groups
+        base = self.manifest.groups[groups.start].offset
+        for index in groups:
+            group = self.manifest.groups[index]
+            found = zlib.crc32(payload[group.offset - base : group.offset - base + group.bytes].data, token)
             if found != self.checksums[token, index]:
                 raise RecordError(token, "checksum", f"its checksum does not match (layers {group.layers})")
 
