@@ -11,24 +11,27 @@ BLOCK = 1024
 
 
 @triton.jit
-def _gather_kernel(rows, slots, residual, out, slot_stride, layer_offset, residual_stride, width, block: tl.constexpr):
+def _gather_kernel(rows, slots, residual, out, slot_stride, residual_stride, width, block: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < width
     slot = tl.load(slots + token)
-    row = tl.load(rows + slot * slot_stride + layer_offset + columns, mask=inside)
+    row = tl.load(rows + slot * slot_stride + columns, mask=inside)
     stream = tl.load(residual + token * residual_stride + columns, mask=inside)
     # float32 in between is what torch does for 16-bit sums; the row is rounded to the stream's dtype first, as there.
     total = stream.to(tl.float32) + row.to(stream.dtype).to(tl.float32)
     tl.store(out + token * width + columns, total.to(stream.dtype), mask=inside)
 
 
-def gather_rows_triton(rows: Tensor, slots: Tensor, layer: int, residual: Tensor) -> Tensor:
+def gather_rows_triton(
+    data: Tensor, slots: Tensor, residual: Tensor, *, offset: int, values: str, group_size: int | None
+) -> Tensor:
     """`gather_rows` as one kernel: no intermediate copy of the rows."""
-    if rows.stride(2) != 1 or residual.stride(1) != 1:
-        raise ValueError("the last dimension of rows and residual must be contiguous")
+    if data.stride(1) != 1 or residual.stride(1) != 1:
+        raise ValueError("the last dimension of data and residual must be contiguous")
     tokens, width = residual.shape
     out = torch.empty((tokens, width), dtype=residual.dtype, device=residual.device)
+    rows = data[:, offset : offset + 2 * width].view(torch.bfloat16)
     if tokens:
         _gather_kernel[(tokens, triton.cdiv(width, BLOCK))](
             rows,
@@ -36,7 +39,6 @@ def gather_rows_triton(rows: Tensor, slots: Tensor, layer: int, residual: Tensor
             residual,
             out,
             rows.stride(0),
-            layer * rows.stride(1),
             residual.stride(0),
             width,
             block=BLOCK,

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,15 +19,18 @@ from tolkernels.gather import gather_rows_torch
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BF16: dict[str, Any] = {"values": "bf16", "group_size": None}
 # Half a unit in the last place of a sum, plus as much for the row's own rounding.
 RELATIVE = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 def case(slots: int, layers: int, width: int, tokens: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
+    """An arena of bf16 rows as they are, [slots, layers, width], and as bytes; each token's slot; the stream."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(slots, layers, width, generator=generator).to(torch.bfloat16)
     return (
         rows,
+        rows.view(torch.uint8).flatten(1),
         torch.randint(slots, (tokens,), generator=generator),
         torch.randn(tokens, width, generator=generator).to(dtype),
     )
@@ -45,10 +49,10 @@ def case(slots: int, layers: int, width: int, tokens: int, dtype: torch.dtype, s
 def test_rows_are_added(
     slots: int, layers: int, width: int, tokens: int, dtype: torch.dtype, seed: int, data: st.DataObject
 ) -> None:
-    rows, chosen, residual = case(slots, layers, width, tokens, dtype, seed)
-    before = rows.clone(), chosen.clone(), residual.clone()
+    rows, arena, chosen, residual = case(slots, layers, width, tokens, dtype, seed)
+    before = arena.clone(), chosen.clone(), residual.clone()
     layer = data.draw(st.integers(0, layers - 1))
-    found = gather_rows(rows, chosen, layer, residual)
+    found = gather_rows(arena, chosen, residual, offset=2 * layer * width, **BF16)
     assert found.dtype == dtype
     assert found.shape == residual.shape
     for token in range(tokens):
@@ -56,37 +60,40 @@ def test_rows_are_added(
         stream = residual[token].double().numpy()
         error = np.abs(found[token].double().numpy() - (stream + row))
         assert (error <= RELATIVE[dtype] * (np.abs(stream) + np.abs(row)) + 1e-7).all()
-    assert all(torch.equal(a, b) for a, b in zip((rows, chosen, residual), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((arena, chosen, residual), before, strict=True))
 
 
 def test_a_float32_stream_takes_the_row_unrounded() -> None:
-    rows, chosen, residual = case(5, 3, 64, 7, torch.float32, 1)
+    rows, arena, chosen, residual = case(5, 3, 64, 7, torch.float32, 1)
     expected = residual.numpy() + rows[chosen, 2].float().numpy()
-    assert np.array_equal(gather_rows(rows, chosen, 2, residual).numpy(), expected)
+    assert np.array_equal(gather_rows(arena, chosen, residual, offset=256, **BF16).numpy(), expected)
 
 
-def good() -> dict[str, object]:
-    rows, slots, residual = case(4, 2, 8, 3, torch.float32, 0)
-    return {"rows": rows, "slots": slots, "layer": 1, "residual": residual}
+def good() -> dict[str, Any]:
+    _, data, slots, residual = case(4, 2, 8, 3, torch.float32, 0)
+    return {"data": data, "slots": slots, "residual": residual, "offset": 16, **BF16}
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rows", torch.zeros(4, 2, 8)),
-        ("rows", torch.zeros(4, 8, dtype=torch.bfloat16)),
+        ("data", torch.zeros(4, 32)),
+        ("data", torch.zeros(4, 2, 8, dtype=torch.uint8)),
         ("slots", torch.zeros(3, dtype=torch.int32)),
         ("slots", torch.zeros(3, 1, dtype=torch.int64)),
-        ("layer", 2),
-        ("layer", -1),
-        ("residual", torch.zeros(3, 9)),
+        ("offset", 18),
+        ("offset", 15),
+        ("offset", -2),
+        ("values", "int3"),
+        ("group size", 8),
+        ("offset", 0x7FFFFFFF),
         ("residual", torch.zeros(2, 8)),
         ("residual", torch.zeros(3, 8, dtype=torch.int64)),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
-        gather_rows(**good() | {name: value})
+        gather_rows(**good() | {name.replace(" ", "_"): value})
 
 
 def test_a_slot_out_of_range_is_an_error_in_the_twin() -> None:
@@ -106,16 +113,17 @@ from tolkernels.gather_triton import gather_rows_triton
 device = sys.argv[1]
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for width in (1, 64, 960, 1024, 2048, 2051):
-        rows = torch.randn(7, 3, width).to(torch.bfloat16).to(device)
+        data = torch.randn(7, 3 * width + 6).to(torch.bfloat16).view(torch.uint8).to(device)
         slots = torch.randint(7, (5,)).to(device)
         residual = torch.randn(5, 2 * width).to(dtype).to(device)[:, :width]
         for layer in range(3):
-            twin = gather_rows_torch(rows, slots, layer, residual)
-            kernel = gather_rows_triton(rows, slots, layer, residual)
+            layout = {"offset": 2 * layer * width, "values": "bf16", "group_size": None}
+            twin = gather_rows_torch(data, slots, residual, **layout)
+            kernel = gather_rows_triton(data, slots, residual, **layout)
             # The interpreter truncates where hardware rounds: one unit in the last place of bfloat16.
             exact = device == "cuda" or dtype == torch.float32
             torch.testing.assert_close(kernel, twin, rtol=0 if exact else 2**-7, atol=0 if exact else 1e-6)
-    empty = gather_rows_triton(rows, slots[:0], 0, residual[:0])
+    empty = gather_rows_triton(data, slots[:0], residual[:0], **layout)
     assert empty.shape == (0, 2051)
 """
 
@@ -141,5 +149,6 @@ def test_the_kernel_equals_its_twin(device: str) -> None:
 @NEEDS_CUDA
 @pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
 def test_cuda_takes_the_kernel_and_gets_the_twins_bits() -> None:
-    rows, slots, residual = (tensor.cuda() for tensor in case(9, 4, 2048, 33, torch.bfloat16, 3))
-    assert torch.equal(gather_rows(rows, slots, 2, residual), gather_rows_torch(rows, slots, 2, residual))
+    _, data, slots, residual = (tensor.cuda() for tensor in case(9, 4, 2048, 33, torch.bfloat16, 3))
+    layout = {"offset": 2 * 2 * 2048, **BF16}
+    assert torch.equal(gather_rows(data, slots, residual, **layout), gather_rows_torch(data, slots, residual, **layout))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tolserve.metrics import Metrics
 from tolserve.tol.arena import DeviceArena
@@ -77,7 +76,7 @@ class HeldTable(Table):
 
 def bytes_in(arena: DeviceArena, slot: int) -> Records:
     """What lies in a slot, uint8 [record_bytes]."""
-    return arena.rows[slot].view(torch.uint8).reshape(-1).numpy()
+    return arena.data[slot, : arena.record_bytes].numpy()
 
 
 def value(metrics: Metrics, name: str, *labels: str) -> float:

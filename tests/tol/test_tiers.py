@@ -88,16 +88,15 @@ def test_the_host_tier_keeps_the_latest_records_within_its_size(trace: list[tupl
         assert evictions.labels("host").value == evicted
 
 
-def test_a_record_in_the_arena_is_the_bf16_rows_of_its_layers() -> None:
-    arena = DeviceArena(4, 3, 16, "cpu")
-    assert arena.rows.shape == (4, 3, 16)
-    rows = torch.randn(3, 16).to(torch.bfloat16)
-    payload = rows.view(torch.uint8).reshape(-1).numpy()
-    before = arena.rows.view(torch.uint8).clone()
+def test_a_slot_of_the_arena_holds_one_record() -> None:
+    arena = DeviceArena(4, 100, "cpu")
+    assert arena.data.shape == (4, 112), "slots begin at multiples of 16 bytes"
+    payload = random_records(1, 100)[0]
+    before = arena.data.clone()
     assert arena.write(2, payload, arena.fence()) is None
-    assert torch.equal(arena.rows[2].view(torch.int16), rows.view(torch.int16))
     others = torch.arange(4) != 2
-    assert torch.equal(arena.rows.view(torch.uint8)[others], before[others])
+    assert torch.equal(arena.data[others], before[others])
+    assert torch.equal(arena.data[2, 100:], before[2, 100:])
     assert np.array_equal(bytes_in(arena, 2), payload)
     with pytest.raises(ValueError, match="broadcast"):
         arena.write(1, payload[:-1], None)
@@ -105,4 +104,4 @@ def test_a_record_in_the_arena_is_the_bf16_rows_of_its_layers() -> None:
 
 def test_an_arena_on_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match="use cpu or cuda"):
-        DeviceArena(4, 3, 16, "meta")
+        DeviceArena(4, 100, "meta")

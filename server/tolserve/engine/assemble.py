@@ -18,8 +18,8 @@ from tolserve.metrics import Metrics
 from tolserve.model.build import build_table
 from tolserve.model.checkpoint import Checkpoint, load_transformer, read_fingerprint
 from tolserve.model.config import ModelConfig
+from tolserve.tol.encoding import BF16
 from tolserve.tol.frequencies import most_frequent, read_frequencies
-from tolserve.tol.manifest import ENCODING
 from tolserve.tol.pager import Pager
 from tolserve.tol.policy import NEED_FREQUENCIES
 from tolserve.tol.size import parse_bytes, parse_cache_size
@@ -152,8 +152,8 @@ def find_table(settings: EngineSettings, model_dir: Path, config: ModelConfig) -
         return _checked(Table.open(beside), fingerprint, settings, config)
     cached = Path(settings.cache_dir) / f"{fingerprint}-{settings.tol_encoding}"
     if not cached.exists():
-        if settings.tol_encoding != ENCODING["name"]:
-            raise TableError(f"--tol-encoding {settings.tol_encoding}: tables are built as {ENCODING['name']} alone")
+        if settings.tol_encoding != BF16.name:
+            raise TableError(f"--tol-encoding {settings.tol_encoding}: tables are built as {BF16.name} alone")
         if not Checkpoint(model_dir).has_memory_weights():
             raise TableError(
                 f"{model_dir} has neither a table under {beside} nor memory tensors to build one from; give --table"
@@ -183,9 +183,9 @@ def _checked(table: Table, fingerprint: str, settings: EngineSettings, config: M
             f"{table.path} was built from other weights (fingerprint {manifest.fingerprint}, model {fingerprint}); "
             "build this model's own with `tolserve table build`"
         )
-    if manifest.encoding_name != settings.tol_encoding:
+    if manifest.encoding.name != settings.tol_encoding:
         raise TableError(
-            f"{table.path} is encoded as {manifest.encoding_name}, not --tol-encoding {settings.tol_encoding}"
+            f"{table.path} is encoded as {manifest.encoding.name}, not --tol-encoding {settings.tol_encoding}"
         )
     shape = (manifest.vocab_size, manifest.num_layers, manifest.hidden_size)
     if shape != (config.vocab_size, config.num_hidden_layers, config.hidden_size):

@@ -91,7 +91,7 @@ class EngineServer:
             vocab_size=self.engine.runner.model.config.vocab_size,
             max_model_len=self.engine.max_model_len,
             fingerprint=manifest.fingerprint if manifest else None,
-            encoding=manifest.encoding_name if manifest else None,
+            encoding=manifest.encoding.name if manifest else None,
         )
 
     def _send_output(self, output: Delta | Failure) -> None:

@@ -27,8 +27,6 @@ class Runner:
     def __init__(self, model: Transformer, kv: KVCache, pager: Pager | None) -> None:
         self.model, self.kv, self.pager = model, kv, pager
         self.device = kv.data.device
-        if pager is not None:
-            self._row_of_layer = {layer: row for row, layer in enumerate(pager.table.manifest.layers)}
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk], lease: Lease | None) -> StepResult:
@@ -52,16 +50,18 @@ class _LeasedRows:
     def __init__(self, runner: Runner, lease: Lease, tokens: list[int]) -> None:
         if runner.pager is None:
             raise RuntimeError("a lease without a pager")
-        self._rows = runner.pager.arena.rows  # [slots, layers in the table, d]
-        self._row_of_layer = runner._row_of_layer
+        self._data = runner.pager.arena.data
+        self._manifest = runner.pager.table.manifest
         self._lease = lease
         self._slots = torch.tensor([lease.slot_of[token] for token in tokens], device=runner.device)
         self._waited = False
         self.stall = 0.0
 
     def __call__(self, layer: int, x: Tensor) -> Tensor:
-        if layer not in self._row_of_layer:  # dropped from the table: only an addend is missing (paper section 2)
+        if layer in self._manifest.dropped_layers:  # only an addend is missing (paper section 2)
             return x
         if not self._waited:
             self.stall, self._waited = self._lease.wait(), True
-        return gather_rows(self._rows, self._slots, self._row_of_layer[layer], x)
+        group, row = self._manifest.row_layout(layer)
+        offset = self._manifest.groups[group].offset + row.offset
+        return gather_rows(self._data, self._slots, x, offset=offset, values=row.values, group_size=row.group_size)

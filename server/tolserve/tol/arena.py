@@ -10,23 +10,27 @@ from tolserve.tol.table import Bytes
 Device = torch.device | str
 Event = torch.cuda.Event
 
+ALIGNMENT = 16  # bytes; the widest load of a CUDA thread, so that no row of a slot is cut across one
+
 
 class DeviceArena:
-    """`rows` bf16 [slots, layers, hidden_size] on `device` (cpu or cuda); a slot holds one record.
+    """`data` uint8 [slots, stride] on `device` (cpu or cuda); a slot holds `record_bytes` and some padding.
 
     On CUDA fills run on a stream of their own. Two orders keep them right, and neither waits on the host: a fill
     overwrites a slot only behind the `fence` of the slot's last reader, and a reader starts only behind the fill's
     event (`ready`). Raises ValueError for another kind of device.
     """
 
-    def __init__(self, slots: int, layers: int, hidden_size: int, device: Device) -> None:
+    def __init__(self, slots: int, record_bytes: int, device: Device) -> None:
         if torch.device(device).type not in ("cpu", "cuda"):
             raise ValueError(f"device {device} has no arena; use cpu or cuda")
-        self.rows = torch.empty((slots, layers, hidden_size), dtype=torch.bfloat16, device=device)
-        self.device = self.rows.device
+        self.record_bytes = record_bytes
+        stride = -(-record_bytes // ALIGNMENT) * ALIGNMENT
+        self.data = torch.empty((slots, stride), dtype=torch.uint8, device=device)
+        self.device = self.data.device
         self._on_cpu = self.device.type == "cpu"
         if self._on_cpu:
-            self._bytes: Bytes = self.rows.view(torch.uint8).reshape(slots, -1).numpy()
+            self._bytes: Bytes = self.data.numpy()[:, :record_bytes]
         else:
             self._stream = torch.cuda.Stream(self.device)
             self._local = threading.local()
@@ -53,7 +57,7 @@ class DeviceArena:
         with torch.cuda.stream(self._stream):
             if fence is not None:
                 self._stream.wait_event(fence)
-            self.rows[slot].view(torch.uint8).view(-1).copy_(staging, non_blocking=True)
+            self.data[slot, : self.record_bytes].copy_(staging, non_blocking=True)
             event = Event()
             event.record(self._stream)
         self._local.staging = staging, event

@@ -7,17 +7,18 @@ read here is checked before it is believed: a table comes from disk, and may com
 import json
 import struct
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from tolserve.tol.encoding import Encoding, EncodingError, RowLayout
 
 PAGE = 4096  # the unit of O_DIRECT: offsets, lengths and buffers are multiples of it
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.safetensors"
-ENCODING = {"name": "bf16"}
 LAYOUT = "token-major"
-VALUE_BYTES = 2  # bf16
 ITEM_BYTES = {"U8": 1, "U32": 4}  # safetensors' names of the dtypes used here
 _MAX_HEADER = 1 << 20  # ours are one page; a longer header is somebody else's file
 
@@ -28,7 +29,7 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive bytes of a record with one checksum: `layers` in order, each `hidden_size` bf16 values."""
+    """A part of a record, consecutive bytes with one checksum: the rows of `layers` in order."""
 
     layers: tuple[int, ...]
     offset: int  # in the record
@@ -58,25 +59,38 @@ class Manifest:
     hidden_size: int
     layers: tuple[int, ...]
     dropped_layers: tuple[int, ...]
+    encoding: Encoding
     record_bytes: int
     record_stride: int
     groups: tuple[Group, ...]
     shards: tuple[Shard, ...]
 
-    @property
-    def encoding_name(self) -> str:
-        return ENCODING["name"]
+    def row_layout(self, layer: int) -> tuple[int, RowLayout]:
+        """Index of the layer's group, and where in that part of a record its row lies. Raises KeyError for a layer
+        without rows."""
+        return self._row_layouts[layer]
+
+    @cached_property
+    def _row_layouts(self) -> dict[int, tuple[int, RowLayout]]:
+        encoding = self.encoding
+        widths = dict(zip(self.layers, encoding.widths(len(self.layers), self.hidden_size), strict=True))
+        layouts = {}
+        for index, group in enumerate(self.groups):
+            offset = 0
+            for layer in group.layers:
+                layouts[layer] = index, RowLayout(offset, widths[layer], encoding.values, encoding.group_size)
+                offset += encoding.row_bytes(widths[layer])
+        return layouts
 
     def to_json(self) -> str:
         checksums = {"file": CHECKSUMS, "algorithm": "crc32", "seed": "token"}
         fixed = {
             "format_version": FORMAT_VERSION,
-            "encoding": ENCODING,
             "layout": LAYOUT,
             "checksums": checksums,
             "frequencies": None,
         }
-        return json.dumps(fixed | asdict(self), indent=2) + "\n"
+        return json.dumps(fixed | asdict(self) | {"encoding": self.encoding.to_json()}, indent=2) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
@@ -151,14 +165,18 @@ def _parse(raw: Any) -> Manifest:
     if raw.get("format_version") != FORMAT_VERSION:
         version = raw.get("format_version")
         raise TableError(f"format_version is {version!r}; this tolserve reads {FORMAT_VERSION}: build the table again")
-    fixed = {"format_version", "encoding", "layout", "checksums", "frequencies"}
+    fixed = {"format_version", "layout", "checksums", "frequencies"}
     raw = _fields(raw, "the manifest", fixed | set(Manifest.__dataclass_fields__))
     checksums = {"file": CHECKSUMS, "algorithm": "crc32", "seed": "token"}
-    for name, value in {"encoding": ENCODING, "layout": LAYOUT, "checksums": checksums, "frequencies": None}.items():
+    for name, value in {"layout": LAYOUT, "checksums": checksums, "frequencies": None}.items():
         if raw[name] != value:
             raise TableError(f"{name} is {raw[name]!r}; this tolserve reads {value!r}")
     if not isinstance(raw["fingerprint"], str) or not raw["fingerprint"]:
         raise TableError("fingerprint is no text")
+    try:
+        encoding = Encoding.parse(raw["encoding"])
+    except EncodingError as error:
+        raise TableError(str(error)) from None
     manifest = Manifest(
         fingerprint=raw["fingerprint"],
         vocab_size=_number(raw["vocab_size"], "vocab_size", 1),
@@ -166,6 +184,7 @@ def _parse(raw: Any) -> Manifest:
         hidden_size=_number(raw["hidden_size"], "hidden_size", 1),
         layers=_numbers(raw["layers"], "layers"),
         dropped_layers=_numbers(raw["dropped_layers"], "dropped_layers"),
+        encoding=encoding,
         record_bytes=_number(raw["record_bytes"], "record_bytes", 1),
         record_stride=_number(raw["record_stride"], "record_stride", 1),
         groups=tuple(_group(g) for g in _objects(raw["groups"], "groups", {"layers", "offset", "bytes"})),
@@ -182,9 +201,14 @@ def _check_record(manifest: Manifest) -> None:
         raise TableError(f"layers and dropped_layers do not make up the {manifest.num_layers} layers of the model")
     if tuple(layer for group in manifest.groups for layer in group.layers) != manifest.layers:
         raise TableError("the groups do not hold the layers in order")
+    try:
+        widths = manifest.encoding.widths(len(manifest.layers), manifest.hidden_size)
+    except EncodingError as error:
+        raise TableError(str(error)) from None
+    row_bytes = dict(zip(manifest.layers, map(manifest.encoding.row_bytes, widths), strict=True))
     end = 0
     for group in manifest.groups:
-        if group.offset != end or group.bytes != len(group.layers) * manifest.hidden_size * VALUE_BYTES:
+        if group.offset != end or group.bytes != sum(row_bytes[layer] for layer in group.layers):
             raise TableError(f"group {group} does not start at byte {end} or has the wrong size")
         end += group.bytes
     if end != manifest.record_bytes or manifest.record_stride < end:

@@ -125,7 +125,7 @@ class Pager:
             make_policy(policy, min(host_slots, manifest.vocab_size), frequent),
             self._count.evictions,
         )
-        self.arena = DeviceArena(self.slots, len(manifest.layers), manifest.hidden_size, device)
+        self.arena = DeviceArena(self.slots, manifest.record_bytes, device)
         self.disk = DiskSource(table, io, read_depth)
         self._read_depth = read_depth
         self._slot_of: dict[int, int] = {}  # records that are there or on their way

@@ -1,8 +1,8 @@
 """The table file: written once, opened in milliseconds, read record by record.
 
 Layout: token-major shards of one `U8` tensor `records [tokens, record_stride]` each; a record holds its layers' rows
-one after another, bf16, little-endian. The checksum of (record, group) is the CRC-32 of the group's bytes started
-from the token id, so that a record in the wrong place is caught too.
+one after another, encoded as tol/encoding.py says. The checksum of (record, group) is the CRC-32 of the group's bytes
+started from the token id, so that a record in the wrong place is caught too.
 """
 
 import os
@@ -18,13 +18,12 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tolserve.tol.encoding import BF16, Encoding, EncodingError
 from tolserve.tol.manifest import (
     CHECKSUMS,
-    ENCODING,
     FORMAT_VERSION,
     LAYOUT,
     MANIFEST,
-    VALUE_BYTES,
     Group,
     Manifest,
     Shard,
@@ -163,7 +162,7 @@ def describe(table: Table) -> dict[str, Any]:
         "path": str(table.path),
         "format_version": FORMAT_VERSION,
         "fingerprint": manifest.fingerprint,
-        "encoding": ENCODING,
+        "encoding": manifest.encoding.to_json(),
         "layout": LAYOUT,
         "vocab_size": records,
         "num_layers": manifest.num_layers,
@@ -203,6 +202,7 @@ class TableWriter:
         num_layers: int,
         hidden_size: int,
         fingerprint: str,
+        encoding: Encoding = BF16,
         dropped_layers: tuple[int, ...] = (),
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
@@ -213,7 +213,10 @@ class TableWriter:
                 f"no table has {vocab_size} tokens, {num_layers} layers of {hidden_size} without {dropped_layers}, "
                 f"fingerprint {fingerprint!r}"
             )
-        record_bytes = len(layers) * hidden_size * VALUE_BYTES
+        try:
+            record_bytes = sum(map(encoding.row_bytes, encoding.widths(len(layers), hidden_size)))
+        except EncodingError as error:
+            raise TableError(str(error)) from None
         self._path = path = path.resolve()
         _refuse_to_replace_other_files(path)
         self._manifest = Manifest(
@@ -223,6 +226,7 @@ class TableWriter:
             hidden_size=hidden_size,
             layers=layers,
             dropped_layers=tuple(sorted(dropped_layers)),
+            encoding=encoding,
             record_bytes=record_bytes,
             record_stride=record_stride(record_bytes),
             groups=(Group(layers, 0, record_bytes),),
