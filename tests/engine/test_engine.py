@@ -193,7 +193,7 @@ def test_the_policy_hears_of_every_sequence_until_it_ends(engine_of: OpenEngine)
     with engine_of(device_cache="24", max_num_batched_tokens=8) as engine:
         assert engine.pager is not None
         told: list[tuple[str, tuple[int, ...]]] = []
-        policy = engine.pager._policy
+        policy = engine.pager.parts[0].policy
         policy.advance = lambda name, tokens: told.append((name, tuple(tokens)))  # type: ignore[method-assign]
         policy.end = lambda name: told.append((name, ()))  # type: ignore[method-assign]
         submit(engine, [request("whole", prompt_of(20, 1), 4), request("left", prompt_of(20, 2), 30)])
@@ -403,9 +403,9 @@ def test_the_next_chunks_records_are_read_while_a_chunk_runs(engine_of: OpenEngi
             first = threading.Thread(target=lambda: collect(answers, engine.step()))
             first.start()
             deadline = time.monotonic() + 60
-            while len(engine.pager._inflight) < 2 * STEP and time.monotonic() < deadline:
+            while engine.pager._fills.reads < 2 * STEP and time.monotonic() < deadline:
                 time.sleep(0.002)
-            on_their_way = set(engine.pager._inflight)
+            on_their_way = set(engine.pager.parts[0].arriving)
             ran = not first.is_alive()
             go.set()
             first.join()

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tolserve.metrics import Metrics
-from tolserve.tol.arena import DeviceArena
-from tolserve.tol.pager import Pager
+from tolserve.tol.pager import Lease, Pager
 from tolserve.tol.table import Bytes, Table, TableWriter
 
 Records = npt.NDArray[np.uint8]
@@ -74,9 +73,10 @@ class HeldTable(Table):
             self._go.set()
 
 
-def bytes_in(arena: DeviceArena, slot: int) -> Records:
-    """What lies in a slot, uint8 [record_bytes]."""
-    return arena.data[slot, : arena.record_bytes].numpy()
+def bytes_in(pager: Pager, lease: Lease, token: int) -> Records:
+    """What lies in the slots that a lease gives a token, uint8 [record_bytes]."""
+    parts = zip(pager.parts, lease.slots, strict=True)
+    return np.concatenate([part.arena.data[slots[token], : part.bytes].numpy() for part, slots in parts])
 
 
 def value(metrics: Metrics, name: str, *labels: str) -> float:

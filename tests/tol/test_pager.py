@@ -28,8 +28,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Records]:
 
 
 def assert_bytes(pager: Pager, lease: Lease, records: Records) -> None:
-    for token, slot in lease.slot_of.items():
-        assert np.array_equal(bytes_in(pager.arena, slot), records[token]), f"token {token} in slot {slot}"
+    for token in lease.tokens:
+        assert np.array_equal(bytes_in(pager, lease, token), records[token]), f"token {token}"
 
 
 def assert_idle(pager: Pager, metrics: Metrics) -> None:
@@ -77,7 +77,7 @@ def test_any_interleaving_hands_out_the_tables_bytes(
         lookups = 0
         for action, asked in trace:
             if action == "acquire":
-                pinned = {token for lease in open_leases for token in lease.slot_of}
+                pinned = {token for lease in open_leases for token in lease.tokens}
                 if len(pinned | set(asked)) > slots:
                     with pytest.raises(ValueError, match="split the step"):
                         pager.acquire(asked)
@@ -85,7 +85,7 @@ def test_any_interleaving_hands_out_the_tables_bytes(
                 pager.advance(len(asked), asked)
                 lease = pager.acquire(asked)
                 lookups += len(set(asked))
-                assert lease.slot_of.keys() == set(asked)
+                assert lease.tokens.keys() == set(asked)
                 open_leases.append(lease)
             elif action == "prefetch":
                 assert 0 <= pager.prefetch(asked) <= len(set(asked))
@@ -105,9 +105,10 @@ def test_any_interleaving_hands_out_the_tables_bytes(
             for lease in open_leases:
                 if id(lease) in waited_for:
                     assert_bytes(pager, lease, records)
-            claimed = {slot for lease in open_leases for slot in lease.slot_of.values()}
-            pinned = {token for lease in open_leases for token in lease.slot_of}
-            assert len(claimed) == len(pinned)
+            pinned = {token for lease in open_leases for token in lease.tokens}
+            for part in range(len(pager.parts)):
+                claimed = {slot for lease in open_leases for slot in lease.slots[part].values()}
+                assert len(claimed) == len(pinned)
             assert value(metrics, "tol_slots_used", "device") <= slots
             assert value(metrics, "tol_slots_used", "host") <= host_slots
         for lease in open_leases:
@@ -543,7 +544,7 @@ def test_faults_that_come_and_go_never_show_as_wrong_bytes(
             assert bad <= broken
             failed.update(bad)
             for token in set(asked) - bad:
-                assert np.array_equal(bytes_in(pager.arena, lease.slot_of[token]), records[token])
+                assert np.array_equal(bytes_in(pager, lease, token), records[token])
             pager.check()
             pager.release(lease)
             wait_for_reads(pager)
@@ -578,14 +579,15 @@ def test_a_failing_delivery_is_raised_and_leaves_nothing_behind(tmp_path: Path) 
     with open_pager(table, 4, 4, read_depth=1) as (pager, metrics):
         with table.held():
             lease = pager.acquire([1, 2])
-            slots, pager.arena._bytes = pager.arena._bytes, pager.arena._bytes[:0]  # a write fails with IndexError
+            arena = pager.parts[0].arena
+            slots, arena._bytes = arena._bytes, arena._bytes[:0]  # a write fails with IndexError
         with pytest.raises(IndexError):
             lease.wait()
         with pytest.raises(IndexError):
             lease.wait()
         with pytest.raises(RecordsUnavailable):
             lease.wait()
-        pager.arena._bytes = slots
+        arena._bytes = slots
         pager.release(lease)
         assert_idle(pager, metrics)
         lease = pager.acquire([1, 2])
@@ -601,9 +603,10 @@ def test_an_acquire_that_raises_pins_nothing(tmp_path: Path) -> None:
         pager.preload([1])
         with table.held() as go:
             pager.prefetch([0])
-            slots, pager.arena._bytes = pager.arena._bytes, pager.arena._bytes[:0]
+            arena = pager.parts[0].arena
+            slots, arena._bytes = arena._bytes, arena._bytes[:0]
             threading.Timer(0.3, go.set).start()
             with pytest.raises(IndexError):
                 pager.acquire([1, 5])  # has pinned 1 when it waits for the slot of 0
-        pager.arena._bytes = slots
+        arena._bytes = slots
         assert_idle(pager, metrics)

@@ -45,23 +45,27 @@ class Runner:
 
 
 class _LeasedRows:
-    """Adds rows out of the device arena, waiting for them the first time a layer needs one."""
+    """Adds rows out of the device tier, waiting for each part of it the first time a layer needs a row of it."""
 
     def __init__(self, runner: Runner, lease: Lease, tokens: list[int]) -> None:
         if runner.pager is None:
             raise RuntimeError("a lease without a pager")
-        self._data = runner.pager.arena.data
+        self._pager, self._lease, self._tokens = runner.pager, lease, tokens
+        self._device = runner.device
         self._manifest = runner.pager.table.manifest
-        self._lease = lease
-        self._slots = torch.tensor([lease.slot_of[token] for token in tokens], device=runner.device)
-        self._waited = False
+        self._slots: list[Tensor] = []  # by part that was waited for: [T] int64
         self.stall = 0.0
 
     def __call__(self, layer: int, x: Tensor) -> Tensor:
         if layer in self._manifest.dropped_layers:  # only an addend is missing (paper section 2)
             return x
-        if not self._waited:
-            self.stall, self._waited = self._lease.wait(), True
         group, row = self._manifest.row_layout(layer)
-        offset = self._manifest.groups[group].offset + row.offset
-        return gather_rows(self._data, self._slots, x, offset=offset, values=row.values, group_size=row.group_size)
+        index = self._pager.part_of(group)
+        while len(self._slots) <= index:
+            self.stall += self._lease.wait(len(self._slots))
+            slots = self._lease.slots[len(self._slots)]
+            self._slots.append(torch.tensor([slots[token] for token in self._tokens], device=self._device))
+        part = self._pager.parts[index]
+        offset = self._manifest.groups[group].offset - part.offset + row.offset
+        data = part.arena.data
+        return gather_rows(data, self._slots[index], x, offset=offset, values=row.values, group_size=row.group_size)

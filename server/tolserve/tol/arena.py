@@ -1,8 +1,10 @@
 """The device tier's memory. The only file of the paging core that knows torch."""
 
+import mmap
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from tolserve.tol.table import Bytes
@@ -10,6 +12,7 @@ from tolserve.tol.table import Bytes
 Device = torch.device | str
 Event = torch.cuda.Event
 
+_REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly
 ALIGNMENT = 16  # bytes; the widest load of a CUDA thread, so that no row of a slot is cut across one
 
 
@@ -18,15 +21,18 @@ class DeviceArena:
 
     On CUDA fills run on a stream of their own. Two orders keep them right, and neither waits on the host: a fill
     overwrites a slot only behind the `fence` of the slot's last reader, and a reader starts only behind the fill's
-    event (`ready`). Raises ValueError for another kind of device.
+    event (`ready`). Raises ValueError for another kind of device, MemoryError when the device has no room.
     """
 
     def __init__(self, slots: int, record_bytes: int, device: Device) -> None:
         if torch.device(device).type not in ("cpu", "cuda"):
             raise ValueError(f"device {device} has no arena; use cpu or cuda")
-        self.record_bytes = record_bytes
+        self.slots, self.record_bytes = slots, record_bytes
         stride = -(-record_bytes // ALIGNMENT) * ALIGNMENT
-        self.data = torch.empty((slots, stride), dtype=torch.uint8, device=device)
+        try:
+            self.data = torch.empty((slots, stride), dtype=torch.uint8, device=device)
+        except RuntimeError as error:  # torch's own for CUDA is a subclass; for the CPU there is none
+            raise MemoryError(f"{slots} records of {stride} bytes do not fit on {device}: {error}") from error
         self.device = self.data.device
         self._on_cpu = self.device.type == "cpu"
         if self._on_cpu:
@@ -43,25 +49,43 @@ class DeviceArena:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def write(self, slot: int, payload: Bytes, fence: Event | None) -> Event | None:
-        """Copy a record uint8 [record_bytes] into a slot; `payload` may be reused on return. Any thread may call it.
+    def write(self, slot: int, payload: Bytes, fence: Event | None, stays: bool = False) -> Event | None:
+        """Copy a record uint8 [record_bytes] into a slot. Any thread may call it.
 
-        On CUDA the copy is only launched, behind `fence`; the event returned says when it is through.
+        On CUDA the copy is only launched, behind `fence`; the event returned says when it is through. `payload` may be
+        reused on return, unless it `stays`: then it lies in HostMemory, is copied from where it lies, and must not
+        change before the event.
         """
         if self._on_cpu:
             self._bytes[slot] = payload
             return None
+        if stays:
+            return self._launch(slot, torch.from_numpy(payload), fence)
         staging, last_copy = self._staging(payload.size)
         last_copy.synchronize()  # the staging buffer's previous copy; an event never recorded is complete
         staging.numpy()[:] = payload
+        event = self._launch(slot, staging, fence)
+        self._local.staging = staging, event
+        return event
+
+    def _launch(self, slot: int, source: torch.Tensor, fence: Event | None) -> Event:
+        """Copy pinned memory into a slot on the fill stream, behind `fence`."""
         with torch.cuda.stream(self._stream):
             if fence is not None:
                 self._stream.wait_event(fence)
-            self.data[slot, : self.record_bytes].copy_(staging, non_blocking=True)
+            self.data[slot, : self.record_bytes].copy_(source, non_blocking=True)
             event = Event()
             event.record(self._stream)
-        self._local.staging = staging, event
         return event
+
+    def copy(self, other: "DeviceArena", slots: Sequence[int]) -> None:
+        """Take these slots of another arena of the same device and record size over, into the slots from 0 on.
+
+        Waits until it is done: both arenas' other work is ordered by the host then.
+        """
+        self.data[: len(slots)] = other.data[torch.tensor(slots, dtype=torch.int64, device=self.device)]
+        if not self._on_cpu:
+            torch.cuda.synchronize(self.device)
 
     def _staging(self, size: int) -> tuple[torch.Tensor, Event]:
         """The calling thread's pinned buffer uint8 [size] and the event of the last copy out of it."""
@@ -74,3 +98,33 @@ class DeviceArena:
         """Make the calling thread's current stream wait for these fills."""
         for event in events:
             torch.cuda.current_stream(self.device).wait_event(event)
+
+
+class HostMemory:
+    """`records` uint8 [slots, record_bytes] in RAM: anonymous pages, or those of a `file` mapping, which is only read.
+
+    For a CUDA device it is pinned by registering exactly these bytes: torch's own pinned allocations are rounded up to
+    a power of two, 95 GB to 128. Pages of the CPU's are taken from the system when first written. Raises MemoryError
+    when it cannot be had.
+    """
+
+    def __init__(self, slots: int, record_bytes: int, device: Device, file: mmap.mmap | None = None) -> None:
+        size = slots * record_bytes
+        try:
+            buffer = file if file is not None else mmap.mmap(-1, max(size, 1))
+        except OSError as error:
+            raise MemoryError(f"{slots} records of {record_bytes} bytes do not fit in host memory: {error}") from error
+        self.records: Bytes = np.frombuffer(buffer, np.uint8, size).reshape(slots, record_bytes)
+        self._registered = torch.device(device).type == "cuda" and size > 0
+        if self._registered:
+            flags = 0 if file is None else _REGISTER_READ_ONLY
+            code = torch.cuda.cudart().cudaHostRegister(self.records.ctypes.data, size, flags)
+            if int(code) != 0:
+                self._registered = False
+                raise MemoryError(f"{size} bytes of host memory cannot be pinned: CUDA error {int(code)}")
+
+    def close(self) -> None:
+        """Unpin; the memory itself goes with the last array that refers to it."""
+        if self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self.records.ctypes.data)
+            self._registered = False

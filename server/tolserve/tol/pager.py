@@ -7,82 +7,26 @@ aside for them; it notices their arrival (`poll`) and only then counts and maps 
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 from tolserve.metrics import Metrics
-from tolserve.tol.arena import Device, DeviceArena, Event
+from tolserve.tol.arena import Device, DeviceArena
 from tolserve.tol.counters import Counters
-from tolserve.tol.disk import DiskSource, Read, ReadRequest
-from tolserve.tol.host import HostTier
+from tolserve.tol.disk import DiskSource
+from tolserve.tol.fills import Cause, Fills
+from tolserve.tol.host import Host, HostTier
+from tolserve.tol.lease import Lease, RecordsUnavailable
+from tolserve.tol.part import Part, make_parts, part_slots
 from tolserve.tol.policy import make_policy
-from tolserve.tol.table import Bytes, RecordError, Table
+from tolserve.tol.policy.base import Policy
+from tolserve.tol.shared import WholeTable
+from tolserve.tol.table import Table, TableError
 from tolserve.tol.view import EVICTIONS_KEPT, DeviceView, RecordState, Resident
 
-Cause = Literal["demand", "prefetch", "preload"]
+__all__ = ["Lease", "Pager", "RecordsUnavailable"]
 
 # `preload` keeps this many reads queued per reader, so that none idles and the queue stays short.
 _PRELOAD_QUEUE = 4
-
-
-class RecordsUnavailable(RuntimeError):  # noqa: N818 - says what happened; RecordError is one record's
-    """Records that a step needs and that could not be read: `errors` by token."""
-
-    def __init__(self, errors: dict[int, RecordError]) -> None:
-        super().__init__("; ".join(str(error) for error in errors.values()))
-        self.errors = errors
-
-
-@dataclass(eq=False)
-class _Fill:
-    """A record on its way from disk into `slot`; `error` says why it did not arrive, once the fill has landed."""
-
-    token: int
-    slot: int
-    cause: Cause
-    landed: bool = False
-    error: RecordError | None = None
-
-
-class Lease:
-    """A step's claim on its records: they stay in their slots until it is released.
-
-    `slot_of` maps each distinct token to its slot; `hits` are those that were in the device tier when asked for.
-    """
-
-    def __init__(self, pager: "Pager") -> None:
-        self._pager = pager
-        self._fills: list[_Fill] = []
-        self._unreported = 0.0  # seconds that acquire was blocked, reported by the first wait
-        self.slot_of: dict[int, int] = {}
-        self.hits: frozenset[int] = frozenset()
-
-    def _pinned(self) -> set[int]:
-        """Tokens that it pins: the pins of failed fills were dropped when they landed."""
-        return self.slot_of.keys() - {fill.token for fill in self._fills if fill.error is not None}
-
-    def wait(self) -> float:
-        """Block until every row is in; on CUDA the current stream then waits for the copies, not the host.
-
-        Returns the seconds that this call waited (the first call adds what `acquire` was blocked), 0.0 when all was
-        there. Raises RecordsUnavailable naming the tokens that failed: their slots hold nothing of theirs.
-        """
-        if self not in self._pager._leases:
-            raise RuntimeError("the lease was released: its slots may hold other records by now")
-        waited, self._unreported = self._unreported, 0.0
-        self._pager.poll()
-        pending = [fill for fill in self._fills if not fill.landed]
-        if pending:
-            started = time.perf_counter()
-            for fill in pending:
-                while not fill.landed:
-                    self._pager._land(block=True)
-            waited += time.perf_counter() - started
-        self._pager._settle(self, waited)
-        if errors := {fill.token: fill.error for fill in self._fills if fill.error is not None}:
-            raise RecordsUnavailable(errors)
-        return waited
 
 
 class Pager:
@@ -101,57 +45,83 @@ class Pager:
         device: Device,
         policy: str = "lru",
         frequent: Sequence[int] | None = None,
+        head_factor: float | None = None,
         io: str = "direct",
         read_depth: int = 8,
         metrics: Metrics,
     ) -> None:
         """Sizes in records; `frequent` tokens are for policies that need them, the most frequent first.
 
-        Raises ValueError for an unknown policy, io, device or a size that cannot be.
+        `head_factor` is part.part_slots'. A host tier of the whole vocabulary is shared with other processes
+        (shared.WholeTable). Raises ValueError for an unknown policy, io, device or a size that cannot be, MemoryError
+        when a tier's memory cannot be had.
         """
-        if device_slots < 1 or host_slots < 0:
-            raise ValueError(
-                f"device cache of {device_slots} and host cache of {host_slots} records: "
-                "the device cache needs at least 1, the host cache at least 0"
-            )
-        manifest = table.manifest
-        self.table = table
-        self.slots = min(device_slots, manifest.vocab_size)
+        self._policy_name, self._frequent, self._device = policy, frequent, device
+        self._head_factor, self._io, self._read_depth = head_factor, io, read_depth
         self._count = Counters(metrics)
-        self._policy = make_policy(policy, self.slots, frequent)
-        self._host = HostTier(
-            min(host_slots, manifest.vocab_size),
-            manifest.record_bytes,
-            make_policy(policy, min(host_slots, manifest.vocab_size), frequent),
-            self._count.evictions,
-        )
-        self.arena = DeviceArena(self.slots, manifest.record_bytes, device)
-        self.disk = DiskSource(table, io, read_depth)
-        self._read_depth = read_depth
-        self._slot_of: dict[int, int] = {}  # records that are there or on their way
-        self._free = list(range(self.slots - 1, -1, -1))
-        self._inflight: dict[int, _Fill] = {}
-        self._pins: dict[int, int] = {}  # leases per token, if any
-        self._leases: set[Lease] = set()
+        self._leases: list[Lease] = []
         self._unused: set[int] = set()  # prefetched and not asked for yet
-        self._fences: list[Event | None] = [None] * self.slots  # behind the last step that read the slot
-        self._copies: dict[int, Event] = {}  # slots whose fill may still be copying on the device
-        self._uses = [0] * self.slots  # steps that asked for the slot's record since it came in
-        self._last_step: frozenset[int] = frozenset()  # tokens of the lease released last
+        self._uses: Counter[int] = Counter()  # steps that asked for the record since it came in
+        self._last_step: dict[int, None] = {}  # tokens of the lease released last
         self._evicted: deque[int] = deque(maxlen=EVICTIONS_KEPT)
+        self._open(table, device_slots, host_slots)
+
+    def _open(self, table: Table, device_slots: int, host_slots: int) -> None:
+        """Empty tiers over a table; with nothing changed when one of them cannot be had."""
+        _check_sizes(device_slots, host_slots)
+        parts = make_parts(
+            table.manifest,
+            device_slots,
+            head_factor=self._head_factor,
+            policy=self._policy_name,
+            frequent=self._frequent,
+            device=self._device,
+        )
+        disk = DiskSource(table, self._io, self._read_depth)
+        try:
+            host = self._host_tier(table, disk, host_slots)
+        except BaseException:
+            disk.close()
+            raise
+        self.table, self.parts, self.disk, self.host = table, parts, disk, host
+        self._fills = Fills(table, parts, host, disk, self._count)
+        self._set_sizes()
+
+    def _host_tier(self, table: Table, disk: DiskSource, slots: int) -> Host:
+        manifest = table.manifest
+        if slots >= manifest.vocab_size:
+            return WholeTable(table, disk, self._device)
+        policy = make_policy(self._policy_name, slots, self._frequent)
+        return HostTier(slots, manifest.record_bytes, policy, self._count.evictions, self._device)
+
+    def _set_sizes(self) -> None:
+        self.slots = min(part.slots for part in self.parts)
         self._count.slots.set(self.slots, "device")
-        self._count.slots.set(self._host.slots, "host")
-        self._count.record_bytes.set(manifest.record_bytes)
+        self._count.slots.set(self.host.slots, "host")
+        self._count.record_bytes.set(self.table.manifest.record_bytes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Payload bytes that the device tier has room for."""
+        return sum(part.slots * part.bytes for part in self.parts)
+
+    def part_of(self, group: int) -> int:
+        """Index of the part that holds a layer group."""
+        return next(index for index, part in enumerate(self.parts) if group in part.groups)
 
     def advance(self, sequence: Hashable, tokens: Sequence[int]) -> None:
-        """Tell the policies that the step about to be acquired runs these tokens of a sequence, all, in order."""
-        self._policy.advance(sequence, tokens)
-        self._host.policy.advance(sequence, tokens)
+        """Tell the policies that the step at hand runs these tokens of a sequence, all, in order."""
+        for policy in self._policies():
+            policy.advance(sequence, tokens)
 
     def end(self, sequence: Hashable) -> None:
         """Tell the policies that a sequence is over; one that never ran is no error."""
-        self._policy.end(sequence)
-        self._host.policy.end(sequence)
+        for policy in self._policies():
+            policy.end(sequence)
+
+    def present(self, token: int) -> bool:
+        """Whether the record is in the device tier, or on its way there."""
+        return all(token in part.slot_of for part in self.parts)
 
     def acquire(self, tokens: Sequence[int]) -> Lease:
         """Pin the records of a step's tokens and start the missing reads, all at once.
@@ -159,52 +129,68 @@ class Pager:
         Repeated tokens count once. Blocks only when the slots it needs are taken by reads that nobody waits for, until
         one of them is through. Raises ValueError, with nothing changed, when the tokens do not fit beside those of
         other leases (split the step), or for a token outside the vocabulary.
+
+        The policies hear of it when the lease is released, after the reads were started and the step was launched.
         """
-        self.poll()
+        self._land(block=False)
         wanted = self._distinct(tokens)
-        others = sum(token not in wanted for token in self._pins)
+        others = len({token for lease in self._leases for token in lease.tokens if lease.holds(token)} - wanted.keys())
         if len(wanted) + others > self.slots:
             raise ValueError(
                 f"{len(wanted)} distinct tokens do not fit into {self.slots} slots of which {others} are pinned by "
                 "other steps; split the step"
             )
-        lease = Lease(self)
-        self._leases.add(lease)
+        lease = Lease(self, wanted)
+        self._leases.append(lease)
         try:
-            self._claim(lease, wanted)
+            self._claim(lease)
         except BaseException:
             self.release(lease)
             raise
         return lease
 
-    def _claim(self, lease: Lease, wanted: dict[int, None]) -> None:
-        present = [token for token in wanted if token in self._slot_of]
-        missing = [token for token in wanted if token not in self._slot_of]
-        lease._fills += [self._inflight[token] for token in present if token in self._inflight]
-        lease.hits = frozenset(token for token in present if token not in self._inflight)
-        for token in present:
-            self._pin(lease, token)
-        self._count.lookups.add(len(present))
+    def _claim(self, lease: Lease) -> None:
+        absent: dict[int, list[int]] = {}
+        for index, part in enumerate(self.parts):
+            slots = {token: part.slot_of.get(token, -1) for token in lease.tokens}
+            lease.slots.append(slots)
+            for token, slot in slots.items():
+                if slot < 0:
+                    absent.setdefault(token, []).append(index)
+        self._join(lease)
+        arriving = {fill.token for fill in lease.fills} - absent.keys()
+        lease.hits = frozenset(token for token in lease.tokens if token not in absent and token not in arriving)
+        self._count.lookups.add(len(lease.tokens) - len(absent))
         self._count.hits.add(len(lease.hits))
-        self._count.misses.add(len(lease._fills), "inflight")
-        for token in missing:
-            while (slot := self._take_slot(self._evictable)) is None:
-                started = time.perf_counter()
-                self._land(block=True)
-                lease._unreported += time.perf_counter() - started
-            fill = self._start(token, slot, "demand")
-            self._pin(lease, token)
-            if fill is not None:
-                lease._fills.append(fill)
-            self._count.lookups.add(1)
-            self._count.misses.add(1, "host" if fill is None else "disk")
+        self._count.misses.add(len(arriving), "inflight")
+        lease.order = [*(token for token in lease.tokens if token not in absent), *absent]
+        if absent:
+            self._demand(lease, absent)
 
-    def _pin(self, lease: Lease, token: int) -> None:
-        lease.slot_of[token] = self._slot_of[token]
-        self._pins[token] = self._pins.get(token, 0) + 1
-        self._uses[self._slot_of[token]] += 1
-        self._unused.discard(token)
-        self._policy.touch(token)
+    def _join(self, lease: Lease) -> None:
+        """Let the lease wait for the fills that are on their way already."""
+        for part in self.parts:
+            if part.arriving:
+                found = (part.arriving.get(token) for token in lease.tokens)
+                lease.fills += dict.fromkeys(fill for fill in found if fill is not None and fill not in lease.fills)
+
+    def _demand(self, lease: Lease, absent: dict[int, list[int]]) -> None:
+        """Start the fills of a step's missing records; what lies in the host tier is copied by `bring`."""
+        try:
+            for token, parts in absent.items():
+                while not all(self._room(self.parts[index], self._evictable) for index in parts):
+                    self._fills.submit()
+                    started = time.perf_counter()
+                    self._land(block=True)
+                    lease.unreported += time.perf_counter() - started
+                for fill in self._fills.start(token, parts, "demand"):
+                    lease.fills.append(fill)
+                    for index, slot in fill.slots.items():
+                        lease.slots[index][token] = slot
+                self._count.lookups.add(1)
+                self._count.misses.add(1, fill.source)
+        finally:
+            self._fills.submit()
 
     def prefetch(self, tokens: Sequence[int]) -> int:
         """Start reading records that a coming step will ask for; returns how many were started.
@@ -212,21 +198,32 @@ class Pager:
         Takes free slots, then those of the oldest records that are neither pinned, nor prefetched and not used yet,
         nor among `tokens`; stops quietly when there are none. No lookup. Never blocks.
         """
-        self.poll()
+        self._land(block=False)
         wanted = self._distinct(tokens)
-        missing = [token for token in wanted if token not in self._slot_of]
-        for token in (token for token in wanted if token in self._slot_of):
-            self._policy.touch(token)
+        absent = {token: self._absent(token) for token in wanted}
+        for part in self.parts:
+            for token in wanted:
+                if token in part.slot_of:
+                    part.policy.touch(token)
 
-        def spare(token: int) -> bool:
-            return self._evictable(token) and token not in self._unused and token not in wanted
+        def evictable(token: int) -> bool:
+            return token not in wanted and self._spare(token)
 
-        for started, token in enumerate(missing):
-            if (slot := self._take_slot(spare)) is None:
-                return started
-            self._start(token, slot, "prefetch")
-            self._unused.add(token)
-        return len(missing)
+        return self._fetch({token: parts for token, parts in absent.items() if parts}, evictable, "prefetch")
+
+    def _fetch(self, absent: dict[int, list[int]], evictable: Callable[[int], bool], cause: Cause) -> int:
+        """Start fills that no step waits for, until there is no room; returns how many."""
+        started = 0
+        for token, parts in absent.items():
+            if not all(self._room(self.parts[index], evictable) for index in parts):
+                break
+            for fill in self._fills.start(token, parts, cause):
+                self._fills.copy(fill)
+            started += 1
+            if cause == "prefetch":
+                self._unused.add(token)
+        self._fills.submit()
+        return started
 
     def preload(self, tokens: Iterable[int] | None = None) -> None:
         """Fill free slots with these records, first ones first, and wait until they are there.
@@ -236,16 +233,38 @@ class Pager:
         needs it will be told.
         """
         for token in self._distinct(range(self.table.manifest.vocab_size) if tokens is None else tokens):
-            if not self._free:
+            if not any(part.free for part in self.parts):
                 break
-            if token not in self._slot_of:
-                self._start(token, self._free.pop(), "preload")
-                self._policy.touch(token)  # it came for no coming step
-            while len(self._inflight) >= _PRELOAD_QUEUE * self._read_depth:
+            parts = [index for index in self._absent(token) if self.parts[index].free]
+            self._fetch({token: parts} if parts else {}, lambda _: False, "preload")
+            for index in parts:
+                self.parts[index].policy.touch(token)  # it came for no coming step
+            while self._fills.reads >= _PRELOAD_QUEUE * self._read_depth:
                 self._land(block=True)
-        while self._inflight:
-            self._land(block=True)
+        self._drain()
         self.poll()
+
+    def bring(self, lease: Lease, part: int) -> float:
+        """What Lease.wait does, but for the errors."""
+        if lease not in self._leases:
+            raise RuntimeError("the lease was released: its slots may hold other records by now")
+        waited, lease.unreported = lease.unreported, 0.0
+        self._land(block=False)
+        last = range(len(self.parts))[part]
+        if pending := [fill for fill in lease.fills if not fill.landed and min(fill.slots) <= last]:
+            started = time.perf_counter()
+            for fill in pending:
+                self._fills.copy(fill)
+            while not all(fill.landed for fill in pending):
+                self._land(block=True)
+            waited += time.perf_counter() - started
+        for index in range(last + 1):
+            self.parts[index].ready(lease.slots[index].values())
+        if waited:
+            self._count.stall_seconds.add(waited)
+            self._count.stalled_steps.add(0 if lease.stalled else 1)
+            lease.stalled = True
+        return waited
 
     def release(self, lease: Lease) -> None:
         """Give up a step's records; a second time does nothing.
@@ -255,31 +274,32 @@ class Pager:
         """
         if lease not in self._leases:
             return
+        for fill in lease.fills:
+            self._fills.copy(fill)
         self._leases.remove(lease)
-        self._last_step = frozenset(lease.slot_of)
-        fence = self.arena.fence()
-        for token in lease._pinned():
-            self._fences[lease.slot_of[token]] = fence
-            self._pins[token] -= 1
-            if not self._pins[token]:
-                del self._pins[token]
+        self._last_step = lease.tokens
+        self._unused.difference_update(lease.tokens)
+        self._uses.update(token for token in lease.tokens if token not in lease.lost)
+        for part, slots in zip(self.parts, lease.slots, strict=False):
+            part.read_by(slots.values())
+            for token in lease.order:
+                if token in part.slot_of and token not in lease.lost:
+                    part.policy.touch(token)
         self.poll()
+        for part in self.parts:
+            while len(part.free) < part.spare and self._evict(part, self._spare):
+                pass
 
     def poll(self) -> None:
         """Take note of the fills that have arrived, and refresh the gauges."""
         self._land(block=False)
-        self._copies = {slot: event for slot, event in self._copies.items() if not event.query()}
-        self._count.slots_used.set(len(self._slot_of), "device")
-        self._count.slots_used.set(self._host.used, "host")
-        self._count.slots_pinned.set(len(self._pins), "device")
-        self._count.slots_pinned.set(self._host.reserved, "host")
-
-    def _settle(self, lease: Lease, waited: float) -> None:
-        """Order the device's work behind the copies of the lease's records, and count its waiting."""
-        self.arena.ready(self._copies[slot] for slot in lease.slot_of.values() if slot in self._copies)
-        if waited:
-            self._count.stall_seconds.add(waited)
-            self._count.stalled_steps.add(1)
+        for part in self.parts:
+            part.tidy()
+        self._count.slots_used.set(len(self.parts[-1].slot_of), "device")
+        self._count.slots_used.set(self.host.used, "host")
+        held = {token for lease in self._leases for token in lease.tokens if lease.holds(token)}
+        self._count.slots_pinned.set(len(held), "device")
+        self._count.slots_pinned.set(self.host.reserved, "host")
 
     def _distinct(self, tokens: Iterable[int]) -> dict[int, None]:
         wanted = dict.fromkeys(tokens)
@@ -288,125 +308,163 @@ class Pager:
             raise ValueError(f"tokens {min(wanted)} to {max(wanted)} are not all among the table's {vocab_size}")
         return wanted
 
+    def _absent(self, token: int) -> list[int]:
+        return [index for index, part in enumerate(self.parts) if token not in part.slot_of]
+
+    def _held(self, token: int) -> bool:
+        return any(lease.holds(token) for lease in self._leases)
+
     def _evictable(self, token: int) -> bool:
-        return token not in self._pins and token not in self._inflight
+        return not self._held(token)
 
-    def _take_slot(self, evictable: Callable[[int], bool]) -> int | None:
-        """A slot that is free, or freed by an eviction; None when nothing may be evicted."""
-        if not self._free:
-            victim = self._policy.victim(evictable)
-            if victim is None:
-                return None
-            self._forget(victim)
+    def _spare(self, token: int) -> bool:
+        return token not in self._unused and not self._held(token)
+
+    def _room(self, part: Part, evictable: Callable[[int], bool]) -> bool:
+        """Whether the part has a free slot, or one was made by an eviction."""
+        return bool(part.free) or self._evict(part, evictable)
+
+    def _evict(self, part: Part, evictable: Callable[[int], bool]) -> bool:
+        """Evict one record from a part; False when none may be."""
+        victim = part.policy.victim(lambda token: token not in part.arriving and evictable(token))
+        if victim is None:
+            return False
+        self._forget(part, victim)
+        self._count.evictions.add(1, "device")
+        if part is self.parts[-1]:
             self._evicted.appendleft(victim)
-            self._count.evictions.add(1, "device")
-        return self._free.pop()
+        return True
 
-    def _forget(self, token: int) -> None:
-        slot = self._slot_of.pop(token)
-        self._policy.remove(token)
-        self._pins.pop(token, None)
+    def _forget(self, part: Part, token: int) -> None:
+        part.forget(token)
         self._unused.discard(token)
-        self._copies.pop(slot, None)
-        self._free.append(slot)
-
-    def _start(self, token: int, slot: int, cause: Cause) -> _Fill | None:
-        """Bring a record into a slot: at once from the host tier, else by a read, which is returned."""
-        fence = self._fences[slot]
-        fill = None
-        if token in self._host:
-            started = time.perf_counter()
-            record = self._host.get(token)
-            self._copied(slot, self.arena.write(slot, record, fence))
-            self._count_fill("host", cause, time.perf_counter() - started, record.size)
-        else:
-            keep = self._host.reserve(token)
-
-            def deliver(payload: Bytes) -> Event | None:
-                if keep is not None:
-                    keep[:] = payload
-                return self.arena.write(slot, payload, fence)
-
-            fill = self._inflight[token] = _Fill(token, slot, cause)
-            self.disk.submit([ReadRequest(token, range(len(self.table.manifest.groups)), deliver)])
-        self._slot_of[token] = slot
-        self._uses[slot] = 0
-        self._policy.insert(token)
-        return fill
+        if part is self.parts[-1]:
+            self._uses.pop(token, None)
 
     def _land(self, block: bool) -> None:
         """Take note of the reads that are over: their records are there now, or their slots are free again.
 
         With `block` it waits for one, and something must be on its way. Raises what a delivery raised, after all of
-        them were noted: that is a fault of ours, not of the table.
+        them were noted.
         """
-        reads = self.disk.finished(block)
-        for read in reads:
-            self._note(read)
-        for read in reads:
-            if read.fault is not None:
-                raise read.fault
+        landed = self._fills.land(block)
+        for fill in landed:
+            if fill.error is not None:
+                for index in fill.slots:
+                    self._forget(self.parts[index], fill.token)
+                for lease in self._leases:
+                    if fill in lease.fills:
+                        lease.lost.add(fill.token)
+        for fill in landed:
+            if fill.fault is not None:
+                raise fill.fault
 
-    def _note(self, read: Read) -> None:
-        fill = self._inflight.pop(read.token)
-        fill.landed = True
-        fill.error = read.error
-        if read.fault is not None:
-            fill.error = RecordError(read.token, "io", f"it was read but not delivered: {read.fault!r}")
-        for kind in read.failures:
-            self._count.read_errors.add(1, kind)
-        self._host.settle(read.token, arrived=fill.error is None)
-        if fill.error is None:
-            self._copied(fill.slot, read.delivered)
-            self._count_fill("disk", fill.cause, read.seconds, read.bytes)
-        else:
-            self._forget(read.token)
+    def _drain(self) -> None:
+        while self._fills.reads:
+            self._land(block=True)
 
-    def _copied(self, slot: int, event: Event | None) -> None:
-        if event is not None:
-            self._copies[slot] = event
+    def _policies(self) -> list[Policy]:
+        return [part.policy for part in self.parts] + self.host.policies()
 
-    def _count_fill(self, source: str, cause: Cause, seconds: float, size: int) -> None:
-        self._count.fills.add(1, source, cause)
-        self._count.fill_seconds.observe(seconds, source)
-        self._count.read_bytes.add(size, source)
+    def resize(self, *, device_slots: int, host_slots: int) -> None:
+        """Change the tiers' sizes, in records, between two steps; the records that would be evicted last stay.
+
+        Raises ValueError for sizes that cannot be, MemoryError when the new memory does not fit beside the old;
+        nothing is changed then.
+        """
+        _check_sizes(device_slots, host_slots)
+        self._quiesce()
+        manifest = self.table.manifest
+        sizes = [slots for _, slots in part_slots(manifest, device_slots, self._head_factor)]
+        if len(sizes) != len(self.parts):
+            raise ValueError("a device tier of the whole table is not split into layer groups; restart for it")
+        arenas = [DeviceArena(slots, part.bytes, self._device) for part, slots in zip(self.parts, sizes, strict=True)]
+        self.host.resize(min(host_slots, manifest.vocab_size))
+        for part, arena in zip(self.parts, arenas, strict=True):
+            self._count.evictions.add(part.move(arena), "device")
+        there = self.parts[-1].slot_of
+        self._unused = {token for token in self._unused if self.present(token)}
+        self._uses = Counter({token: uses for token, uses in self._uses.items() if token in there})
+        self._set_sizes()
+        self.poll()
+
+    def reopen(self, table: Table) -> None:
+        """Go on with another version of the table, between two steps: the tiers keep their bytes and are filled anew
+        with the records that would have been evicted last.
+
+        Raises TableError for a table of other weights, OSError when it cannot be opened; nothing is changed then.
+        """
+        old, new = self.table.manifest, table.manifest
+        if (new.fingerprint, new.num_layers) != (old.fingerprint, old.num_layers):
+            raise TableError(f"{table.path} holds the rows of other weights (fingerprint {new.fingerprint})")
+        self._quiesce()
+        latest = list(self.parts[-1].policy.keys())[::-1]
+        host_slots = old.vocab_size if self.host.slots == old.vocab_size else self.host.slots * old.record_bytes
+        disk, host = self.disk, self.host
+        self._open(
+            table,
+            max(1, self.device_bytes // new.record_bytes),
+            host_slots if host_slots == old.vocab_size else host_slots // new.record_bytes,
+        )
+        disk.close()
+        host.close()
+        self._unused.clear()
+        self._uses.clear()
+        self.preload(latest)
+
+    def _quiesce(self) -> None:
+        if self._leases:
+            raise RuntimeError("a step holds records: tiers change between two steps alone")
+        self._drain()
 
     def view(self, limit: int) -> DeviceView:
         """The `limit` records that would be evicted last, and what was evicted lately."""
         self.poll()
-        latest = reversed(list(self._policy.keys()))
-        residents = [
-            Resident(token, self._uses[self._slot_of[token]], self._state(token)) for token in islice(latest, limit)
-        ]
-        return DeviceView(self.slots, len(self._slot_of), residents, list(self._evicted))
+        part = self.parts[-1]
+        latest = reversed(list(part.policy.keys()))
+        residents = [Resident(token, self._uses[token], self._state(token)) for token in islice(latest, limit)]
+        return DeviceView(part.slots, len(part.slot_of), residents, list(self._evicted))
 
     def _state(self, token: int) -> RecordState:
-        if token in self._inflight:
+        if any(token in part.arriving for part in self.parts):
             return "arriving"
-        return "pinned" if token in self._pins or token in self._last_step else "resident"
+        return "pinned" if token in self._last_step or self._held(token) else "resident"
 
     def check(self) -> None:
-        """Raises RuntimeError when maps, free list, pins and policy disagree, naming what does."""
+        """Raises RuntimeError when maps, free lists, pins, policies and counters disagree, naming what does."""
         self.poll()
-        self._host.check()
-        pins = Counter(token for lease in self._leases for token in lease._pinned())
+        self.host.check()
         misses = sum(sample.value for sample in self._count.misses.samples)
+        found = [problem for part in self.parts for problem in part.problems()]
+        leased = [
+            (slots, part, lease) for lease in self._leases for slots, part in zip(lease.slots, self.parts, strict=False)
+        ]
         wrong = {
-            "a slot is lost or used twice": sorted([*self._free, *self._slot_of.values()]) != list(range(self.slots)),
-            "the policy does not know the records that are there": set(self._policy.keys()) != self._slot_of.keys(),
-            "pins are not those of the leases": self._pins != pins,
             "a pinned record has no slot or another slot than its lease says": any(
-                self._slot_of.get(token) != lease.slot_of[token] for lease in self._leases for token in lease._pinned()
+                part.slot_of.get(token) != slot
+                for slots, part, lease in leased
+                for token, slot in slots.items()
+                if lease.holds(token)
             ),
-            "a record is on its way to no slot": not self._inflight.keys() <= self._slot_of.keys(),
-            "an evicted record counts as prefetched": not self._unused <= self._slot_of.keys(),
+            "an evicted record counts as prefetched": not all(
+                any(token in part.slot_of for part in self.parts) for token in self._unused
+            ),
             "lookups are not hits and misses": self._count.lookups.labels().value
             != self._count.hits.labels().value + misses,
         }
-        if found := [problem for problem, is_so in wrong.items() if is_so]:
+        if found := found + [problem for problem, is_so in wrong.items() if is_so]:
             raise RuntimeError(f"device tier: {'; '.join(found)}")
 
     def close(self) -> None:
         """Finish the running reads, give up the queued ones, close the files. A lease that needs one of those fails."""
         self.disk.close()
         self.poll()
+        self.host.close()
+
+
+def _check_sizes(device_slots: int, host_slots: int) -> None:
+    if device_slots < 1 or host_slots < 0:
+        raise ValueError(
+            f"device cache of {device_slots} and host cache of {host_slots} records: "
+            "the device cache needs at least 1, the host cache at least 0"
+        )
