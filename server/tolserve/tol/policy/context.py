@@ -1,10 +1,9 @@
 """Evict by what a server knows of its tokens: how many contexts they came up in, and which ones hold them now."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import count
+from math import inf
 
 from tolserve.tol.policy.base import Evictable
 
@@ -23,12 +22,31 @@ SHARE = 1.0
 _RESCALE = 2.0**500
 
 
-@dataclass(eq=False)
-class _Window:
-    """The last tokens of a sequence."""
+# Of a key that does not lie in the tier: below every `near`, so that none seems to fall below it.
+_ABSENT = -1
 
-    tokens: deque[int] = field(default_factory=deque)
-    counts: Counter[int] = field(default_factory=Counter)
+
+class _Token:
+    """What is known of a key, once it came up."""
+
+    __slots__ = ("count", "key", "level", "near")
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+        self.count = 0.0  # in units of 2 ** -clock
+        self.near = 0
+        self.level = _ABSENT  # the heap with the entry that stands for it; not above `near`
+
+
+class _Window:
+    """The last tokens of a sequence, and where each of its tokens came up last, by their number in it."""
+
+    __slots__ = ("last", "ran", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens: deque[_Token] = deque()
+        self.last: dict[int, int] = {}
+        self.ran = 0
 
 
 class Context:
@@ -40,8 +58,9 @@ class Context:
     all sequences, an occurrence for SHARE of one sequence's next tokens, spread over its window.
 
     Keys of equal `near` are ordered by count alone, whatever the time. So there is a heap for each value of `near`, and
-    the victim is the best of their tops. An entry may lie lower than its key belongs, never higher: counts only grow,
-    a key whose `near` falls gets an entry in the lower heap at once, and the rest is put right at the top.
+    the victim is the best of their tops. The entry that stands for a key may lie lower than the key belongs, in heap
+    and in count, never higher: counts only grow, a key whose `near` falls below its entry gets one in the lower heap
+    at once, and the rest is put right at the top. Entries left behind are dropped there.
     """
 
     def __init__(self, half_life: float = HALF_LIFE, window: int = WINDOW) -> None:
@@ -49,78 +68,93 @@ class Context:
         self._half_life, self._window = half_life, window
         self._sequences: dict[Hashable, _Window] = {}
         self._clock = 0.0  # half-lives
-        self._counts: dict[int, float] = {}  # in units of 2 ** -clock, as is their sum
-        self._total = 0.0
-        self._near: dict[int, int] = {}
+        self._tokens: dict[int, _Token] = {}
+        self._total = 0.0  # of all counts
         self._unused: set[int] = set()
         self._resident: set[int] = set()
-        self._heaps: list[list[tuple[float, int]]] = []  # by `near`: (count then, -key)
+        self._heaps: list[list[tuple[float, int]]] = []  # by level: (count then, -key)
         self._entries: list[set[int]] = []  # keys with an entry in the heap, each once
+
+    def resize(self, slots: int) -> None:
+        pass
 
     def advance(self, sequence: Hashable, keys: Sequence[int]) -> None:
         window = self._sequences.get(sequence)
         if window is None:
             window = self._sequences[sequence] = _Window()
         unit = 2.0**self._clock
-        held, tokens, counts, near = window.counts, window.tokens, self._counts, self._near
-        for key in keys:
-            occurrences = held.get(key, 0)
-            weight = unit * REPEAT if occurrences else unit
-            held[key] = occurrences + 1
-            near[key] = near.get(key, 0) + 1
-            counts[key] = counts.get(key, 0.0) + weight
-            self._total += weight
-            tokens.append(key)
-            if len(tokens) > self._window:
-                old = tokens.popleft()
-                held[old] -= 1
-                if not held[old]:
-                    del held[old]
-                self._lower(old, 1)
+        again = unit * REPEAT
+        size, never = self._window, -self._window - 1
+        known, recent, last, total = self._tokens, window.tokens, window.last, self._total
+        for number, key in enumerate(keys, window.ran):
+            token = known.get(key)
+            if token is None:
+                token = known[key] = _Token(key)
+            weight = again if last.get(key, never) >= number - size else unit
+            last[key] = number
+            token.count += weight
+            token.near += 1
+            total += weight
+            recent.append(token)
+            if len(recent) > size:
+                old = recent.popleft()
+                old.near -= 1
+                if old.near < old.level:
+                    self._enter(old)
+        window.ran += len(keys)
+        self._total = total
         self._clock += len(keys) / self._half_life
         if unit > _RESCALE:
             self._rescale()
 
     def end(self, sequence: Hashable) -> None:
         if (window := self._sequences.pop(sequence, None)) is not None:
-            for key, occurrences in window.counts.items():
-                self._lower(key, occurrences)
+            for token in window.tokens:
+                token.near -= 1
+            for token in window.tokens:
+                if token.near < token.level:
+                    self._enter(token)
 
-    def _lower(self, key: int, by: int) -> None:
-        near = self._near[key] = self._near[key] - by
-        if key in self._resident:
-            self._enter(key, near)
-
-    def _enter(self, key: int, near: int) -> None:
-        while len(self._heaps) <= near:
+    def _enter(self, token: _Token) -> None:
+        """Let an entry in the heap of its `near` stand for a key."""
+        level = token.level = token.near
+        while len(self._heaps) <= level:
             self._heaps.append([])
             self._entries.append(set())
-        if key not in self._entries[near]:
-            self._entries[near].add(key)
-            heappush(self._heaps[near], (self._counts.get(key, 0.0), -key))
+        if token.key not in self._entries[level]:
+            self._entries[level].add(token.key)
+            heappush(self._heaps[level], (token.count, -token.key))
 
     def _rescale(self) -> None:
         self._clock -= 500
         self._total /= _RESCALE
-        self._counts = {key: uses / _RESCALE for key, uses in self._counts.items()}
+        for token in self._tokens.values():
+            token.count /= _RESCALE
         for number, heap in enumerate(self._heaps):
             self._heaps[number] = [(then / _RESCALE, key) for then, key in heap]
             heapify(self._heaps[number])
 
     def insert(self, key: int) -> None:
+        token = self._tokens.get(key)
+        if token is None:
+            token = self._tokens[key] = _Token(key)
         self._resident.add(key)
         self._unused.add(key)
-        near = self._near[key] = self._near.get(key, 0) + 1
-        self._enter(key, near)
+        self._enter(token)  # where its first use will leave it: too low until then, which is allowed
+        token.near += 1
 
     def touch(self, key: int) -> None:
         if key in self._unused:
             self._unused.remove(key)
-            self._lower(key, 1)
+            token = self._tokens[key]
+            token.near -= 1
+            if token.near < token.level:
+                self._enter(token)
 
     def remove(self, key: int) -> None:
         self._resident.remove(key)
         self.touch(key)
+        self._tokens[key].level = _ABSENT
 
     def _weight(self) -> float:
         """Of an occurrence, in the unit of the counts."""
@@ -129,29 +163,34 @@ class Context:
     def victim(self, evictable: Evictable) -> int | None:
         weight = self._weight()
         best: tuple[float, int, float, int] | None = None
-        for near in count(0):
-            # Putting entries right may add heaps at the end.
-            if near == len(self._heaps) or (best is not None and weight * near > best[0]):
-                break
-            if (top := self._top(near, evictable)) is not None:
+        lowest = inf
+        near = 0
+        # Putting entries right may add heaps at the end.
+        while near < len(self._heaps) and weight * near <= lowest:
+            heap = self._heaps[near]
+            # An entry is never too high: a heap whose top is worse than the best found holds nothing better.
+            if heap and heap[0][0] + weight * near <= lowest and (top := self._top(near, evictable)) is not None:
                 candidate = (top[0] + weight * near, near, *top)
-                best = candidate if best is None else min(best, candidate)
+                if best is None or candidate < best:
+                    best, lowest = candidate, candidate[0]
+            near += 1
         return None if best is None else -best[3]
 
-    def _top(self, near: int, evictable: Evictable) -> tuple[float, int] | None:
+    def _top(self, level: int, evictable: Evictable) -> tuple[float, int] | None:
         """The lowest entry of a heap whose key may be evicted; puts entries right that are not on the way."""
-        heap, entries = self._heaps[near], self._entries[near]
+        heap, entries = self._heaps[level], self._entries[level]
         passed: list[tuple[float, int]] = []
         found = None
         while heap:
             then, key = heap[0][0], -heap[0][1]
-            if key not in self._resident or self._near[key] != near:
+            token = self._tokens[key]
+            if token.level != level or token.near != level:
                 heappop(heap)
                 entries.remove(key)
-                if key in self._resident and self._near[key] > near:
-                    self._enter(key, self._near[key])
-            elif (now := self._counts.get(key, 0.0)) != then:
-                heapreplace(heap, (now, -key))
+                if token.level == level:
+                    self._enter(token)
+            elif token.count != then:
+                heapreplace(heap, (token.count, -key))
             elif evictable(key):
                 found = heap[0]
                 break
@@ -165,7 +204,7 @@ class Context:
         weight = self._weight()
 
         def rank(key: int) -> tuple[float, int, float, int]:
-            uses, near = self._counts.get(key, 0.0), self._near[key]
-            return uses + weight * near, near, uses, -key
+            token = self._tokens[key]
+            return token.count + weight * token.near, token.near, token.count, -key
 
         return sorted(self._resident, key=rank)
