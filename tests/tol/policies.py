@@ -32,11 +32,22 @@ class SlowLRU:
 
     def end(self, sequence: Hashable) -> None: ...
 
+    def resize(self, slots: int) -> None: ...
+
 
 class SlowPinned(SlowLRU):
-    def __init__(self, listed: list[int]) -> None:
+    """`kept_free` of a number of slots is how many are for keys that are not pinned."""
+
+    def __init__(self, listed: list[int], kept_free: Callable[[int], int], slots: int) -> None:
         super().__init__()
-        self.listed = listed
+        self.all_listed, self.kept_free = listed, kept_free
+        self.listed = listed[: slots - kept_free(slots)]
+
+    def resize(self, slots: int) -> None:
+        others = [key for key in self.order if key not in self.listed]
+        pinned = [key for key in reversed(self.listed) if key in self.order]
+        self.order = others + pinned
+        self.listed = self.all_listed[: slots - self.kept_free(slots)]
 
     def keys(self) -> list[int]:
         pinned = [key for key in reversed(self.listed) if key in self.order]
@@ -45,12 +56,16 @@ class SlowPinned(SlowLRU):
 
 class SlowS3FIFO(SlowLRU):
     def __init__(self, slots: int) -> None:
-        self.room = max(1, slots // 10)
-        self.ghost_room = slots - self.room
         self.small: list[int] = []
         self.main: list[int] = []
         self.ghosts: list[int] = []
         self.uses: dict[int, int] = {}
+        self.resize(slots)
+
+    def resize(self, slots: int) -> None:
+        self.room = max(1, slots // 10)
+        self.ghost_room = slots - self.room
+        self.ghosts = self.ghosts[-self.ghost_room :] if self.ghost_room else []
 
     def insert(self, key: int) -> None:
         (self.main if key in self.ghosts else self.small).append(key)

@@ -2,13 +2,15 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
+from math import ceil
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tol.policies import SlowContext, SlowLRU, SlowPinned, SlowS3FIFO
+from tolserve.settings import PolicyName
 from tolserve.tol.policy import NEED_FREQUENCIES, POLICIES, make_policy
 from tolserve.tol.policy.context import Context
 
@@ -19,14 +21,17 @@ SLOTS = 8
 TWINS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "lru": (lambda: make_policy("lru", SLOTS), SlowLRU),
     "s3fifo": (lambda: make_policy("s3fifo", 20), lambda: SlowS3FIFO(20)),
-    "static": (lambda: make_policy("static", 6, LISTED), lambda: SlowPinned(LISTED[:5])),
-    "half-pinned": (lambda: make_policy("half-pinned", SLOTS, LISTED), lambda: SlowPinned(LISTED[:4])),
+    "static": (lambda: make_policy("static", 6, LISTED), lambda: SlowPinned(LISTED, lambda s: ceil(s / 16), 6)),
+    "half-pinned": (
+        lambda: make_policy("half-pinned", SLOTS, LISTED),
+        lambda: SlowPinned(LISTED, lambda slots: ceil(slots / 2), SLOTS),
+    ),
     "context": (lambda: Context(16, 4), lambda: SlowContext(16, 4)),
     "context, fast decay": (lambda: Context(0.0625, 3), lambda: SlowContext(0.0625, 3)),
 }
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["step", "step", "step", "prefetch", "drop", "end", "ask"]),
+        st.sampled_from(["step", "step", "step", "prefetch", "drop", "end", "ask", "resize"]),
         st.integers(0, 2),
         st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=4),
         st.sets(st.integers(0, KEYS - 1)),
@@ -36,11 +41,12 @@ steps = st.lists(
 
 
 class Both:
-    """A policy and its twin in a tier of SLOTS, told the same; what they answer must be equal."""
+    """A policy and its twin in a tier of SLOTS at first, told the same; what they answer must be equal."""
 
     def __init__(self, name: str) -> None:
         self.policies = [make() for make in TWINS[name]]
         self.resident: set[int] = set()
+        self.slots = SLOTS
 
     def tell(self, what: str, *arguments: Any) -> None:
         for policy in self.policies:
@@ -59,12 +65,20 @@ class Both:
     def bring_in(self, key: int, protected: set[int]) -> None:
         if key in self.resident:
             return
-        if len(self.resident) == SLOTS:
+        if len(self.resident) == self.slots:
             if (victim := self.victim(protected)) is None:
                 return
             self.remove(victim)
         self.tell("insert", key)
         self.resident.add(key)
+
+    def resize(self, slots: int) -> None:
+        self.slots = slots
+        self.tell("resize", slots)
+        while len(self.resident) > slots:
+            victim = self.victim(set())
+            assert victim is not None
+            self.remove(victim)
 
     def step(self, sequence: int, keys: list[int], protected: set[int]) -> None:
         self.tell("advance", sequence, keys)
@@ -77,6 +91,8 @@ class Both:
         orders = [list(policy.keys()) for policy in self.policies]
         assert orders[0] == orders[1]
         assert sorted(orders[0]) == sorted(self.resident)
+        for last in (0, 1, 3, KEYS):
+            assert self.policies[0].keys(last) == orders[1][max(0, len(orders[1]) - last) :]
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -88,6 +104,8 @@ def test_a_policy_against_its_slow_twin(name: str, trace: list[tuple[str, int, l
             both.tell("end", sequence)
         elif action == "drop" and keys[0] in both.resident:
             both.remove(keys[0])
+        elif action == "resize":
+            both.resize(1 + len(protected))
         elif action == "ask":
             both.victim(protected)
         elif action == "prefetch":
@@ -102,10 +120,26 @@ def test_every_policy_has_a_twin() -> None:
     assert set(POLICIES) <= TWINS.keys()
 
 
+def test_the_options_name_every_policy() -> None:
+    assert get_args(PolicyName) == POLICIES
+
+
 @pytest.mark.parametrize("name", NEED_FREQUENCIES)
 def test_pinning_needs_a_list(name: str) -> None:
     with pytest.raises(ValueError, match="needs a frequency list"):
         make_policy(name, 4)
+
+
+def test_a_smaller_tier_remembers_fewer_of_the_evicted() -> None:
+    """A tenth of 20 slots is for newcomers, so 18 evicted ones are remembered; of one slot, none."""
+    for slots, comes_back in ((20, [2, 1]), (1, [1, 2])):
+        policy = make_policy("s3fifo", 20)
+        policy.insert(1)
+        policy.remove(1)
+        policy.resize(slots)
+        policy.insert(1)
+        policy.insert(2)
+        assert policy.keys() == comes_back
 
 
 def test_a_context_keeps_its_order_over_any_time() -> None:
@@ -130,6 +164,8 @@ def test_a_long_trace_against_the_slow_twin(name: str) -> None:
         sequence = draw.randrange(3)
         if draw.random() < 0.2:
             both.tell("end", sequence)
+        if draw.random() < 0.05:
+            both.resize(draw.randint(3, SLOTS))
         if draw.random() < 0.3:
             both.bring_in(draw.randrange(KEYS), set())
         both.step(sequence, keys, set())

@@ -7,7 +7,6 @@ aside for them; it notices their arrival (`poll`) and only then counts and maps 
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import islice
 
 from tolserve.metrics import Metrics
 from tolserve.tol.arena import Device, DeviceArena
@@ -421,8 +420,8 @@ class Pager:
         """The `limit` records that would be evicted last, and what was evicted lately."""
         self.poll()
         part = self.parts[-1]
-        latest = reversed(list(part.policy.keys()))
-        residents = [Resident(token, self._uses[token], self._state(token)) for token in islice(latest, limit)]
+        latest = reversed(part.policy.keys(limit))
+        residents = [Resident(token, self._uses[token], self._state(token)) for token in latest]
         return DeviceView(part.slots, len(part.slot_of), residents, list(self._evicted))
 
     def _state(self, token: int) -> RecordState:

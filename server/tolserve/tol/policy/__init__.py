@@ -14,6 +14,14 @@ POLICIES = ("lru", "s3fifo", *NEED_FREQUENCIES, "context")
 _PASSING_SHARE = 16
 
 
+def _all_but_passing(slots: int) -> int:
+    return slots - -(-slots // _PASSING_SHARE)
+
+
+def _half(slots: int) -> int:
+    return slots // 2
+
+
 def make_policy(name: str, slots: int, frequent: Sequence[int] | None = None) -> Policy:
     """A policy for a tier of `slots`. `frequent` are distinct keys, the most frequent first.
 
@@ -29,6 +37,5 @@ def make_policy(name: str, slots: int, frequent: Sequence[int] | None = None) ->
         case "static" | "half-pinned":
             if frequent is None:
                 raise ValueError(f"the replacement policy {name!r} needs a frequency list")
-            pinned = slots // 2 if name == "half-pinned" else slots - -(-slots // _PASSING_SHARE)
-            return Pinned(frequent[:pinned])
+            return Pinned(frequent, _half if name == "half-pinned" else _all_but_passing, slots)
     raise ValueError(f"unknown replacement policy {name!r}; known: {', '.join(POLICIES)}")

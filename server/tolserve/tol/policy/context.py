@@ -1,11 +1,13 @@
 """Evict by what a server knows of its tokens: how many contexts they came up in, and which ones hold them now."""
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
 
-from tolserve.tol.policy.base import Evictable
+import numpy as np
+
+from tolserve.tol.policy.base import Evictable, tail
 
 # Chosen on the even documents of a recorded LLaMA-3 trace, second half measured, 10% of the slots, 32 sequences: LRU
 # 91.87%, S3-FIFO 92.93%, the optimum 96.27%; benchmarks/replay.py reports the odd documents.
@@ -71,7 +73,7 @@ class Context:
         self._tokens: dict[int, _Token] = {}
         self._total = 0.0  # of all counts
         self._unused: set[int] = set()
-        self._resident: set[int] = set()
+        self._resident: dict[int, _Token] = {}
         self._heaps: list[list[tuple[float, int]]] = []  # by level: (count then, -key)
         self._entries: list[set[int]] = []  # keys with an entry in the heap, each once
 
@@ -138,7 +140,7 @@ class Context:
         token = self._tokens.get(key)
         if token is None:
             token = self._tokens[key] = _Token(key)
-        self._resident.add(key)
+        self._resident[key] = token
         self._unused.add(key)
         self._enter(token)  # where its first use will leave it: too low until then, which is allowed
         token.near += 1
@@ -146,15 +148,14 @@ class Context:
     def touch(self, key: int) -> None:
         if key in self._unused:
             self._unused.remove(key)
-            token = self._tokens[key]
+            token = self._resident[key]
             token.near -= 1
             if token.near < token.level:
                 self._enter(token)
 
     def remove(self, key: int) -> None:
-        self._resident.remove(key)
         self.touch(key)
-        self._tokens[key].level = _ABSENT
+        self._resident.pop(key).level = _ABSENT
 
     def _weight(self) -> float:
         """Of an occurrence, in the unit of the counts."""
@@ -200,11 +201,14 @@ class Context:
             heappush(heap, entry)
         return found
 
-    def keys(self) -> Iterable[int]:
-        weight = self._weight()
-
-        def rank(key: int) -> tuple[float, int, float, int]:
-            token = self._tokens[key]
-            return token.count + weight * token.near, token.near, token.count, -key
-
-        return sorted(self._resident, key=rank)
+    def keys(self, last: int | None = None) -> list[int]:
+        keys = np.fromiter(self._resident, np.int64)
+        counts = np.array([token.count for token in self._resident.values()], np.float64)
+        near = np.array([token.near for token in self._resident.values()], np.int64)
+        scores = counts + self._weight() * near
+        if last is not None and 0 < last < len(keys):
+            # People who look at the cache ask for a few of many; ordering those alone takes a third of the time.
+            chosen = scores >= np.partition(scores, -last)[-last]
+            keys, counts, near, scores = keys[chosen], counts[chosen], near[chosen], scores[chosen]
+        ranked: list[int] = keys[np.lexsort((-keys, counts, near, scores))].tolist()
+        return tail(ranked, last)

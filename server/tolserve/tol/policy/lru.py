@@ -1,11 +1,10 @@
 """Least recently used, alone and behind pinned keys."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
-from itertools import chain
 
-from tolserve.tol.policy.base import Evictable, Oblivious
+from tolserve.tol.policy.base import Evictable, Oblivious, tail
 
 
 class LRU(Oblivious):
@@ -30,36 +29,54 @@ class LRU(Oblivious):
     def victim(self, evictable: Evictable) -> int | None:
         return next((key for key in self._order if evictable(key)), None)
 
-    def keys(self) -> Iterable[int]:
-        return self._order.keys()
+    def keys(self, last: int | None = None) -> list[int]:
+        return tail(self._order, last)
+
+    def resize(self, slots: int) -> None:
+        pass
 
 
 class Pinned(Oblivious):
-    """Keys of a list stay once they came in; the others share the slots that are left, least recently used first.
+    """The first keys of a list stay once they came in, as many as `share` gives of the slots; the others share what is
+    left, least recently used first.
 
-    A listed key goes only when no other may be evicted, the last of the list first.
+    A pinned key goes only when no other may be evicted, the last of the list first. Those that `resize` unpins
+    count as used last, the first of the list as the very last.
     """
 
-    def __init__(self, listed: Sequence[int]) -> None:
+    def __init__(self, listed: Sequence[int], share: Callable[[int], int], slots: int) -> None:
+        """`share` of a number of slots is how many of them are for pinned keys."""
         self._rank = {key: rank for rank, key in enumerate(listed)}
         self._listed = list(listed)
+        self._share = share
+        self._ranks_pinned = share(slots)
         self._others = LRU()
         self._pinned: set[int] = set()
         self._last: list[int] = []  # heap of negative ranks, each pinned key's once, and some of removed keys
 
+    def _pins(self, key: int) -> bool:
+        return self._rank.get(key, self._ranks_pinned) < self._ranks_pinned
+
+    def resize(self, slots: int) -> None:
+        residents = self.keys()
+        self._ranks_pinned = self._share(slots)
+        self._others, self._pinned, self._last = LRU(), set(), []
+        for key in residents:
+            self.insert(key)
+
     def insert(self, key: int) -> None:
-        if key in self._rank:
+        if self._pins(key):
             self._pinned.add(key)
             heappush(self._last, -self._rank[key])
         else:
             self._others.insert(key)
 
     def touch(self, key: int) -> None:
-        if key not in self._rank:
+        if not self._pins(key):
             self._others.touch(key)
 
     def remove(self, key: int) -> None:
-        if key in self._rank:
+        if self._pins(key):
             self._pinned.remove(key)
         else:
             self._others.remove(key)
@@ -79,5 +96,6 @@ class Pinned(Oblivious):
             heappush(self._last, entry)
         return found
 
-    def keys(self) -> Iterable[int]:
-        return chain(self._others.keys(), sorted(self._pinned, key=self._rank.__getitem__, reverse=True))
+    def keys(self, last: int | None = None) -> list[int]:
+        pinned = sorted(self._pinned, key=self._rank.__getitem__, reverse=True)
+        return tail([*self._others.keys(), *pinned], last)

@@ -1,10 +1,8 @@
 """S3-FIFO (Yang, Zhang, Qiu, Yue, Rashmi: "FIFO queues are all you need for cache eviction", SOSP 2023)."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from itertools import chain
 
-from tolserve.tol.policy.base import Evictable, Oblivious
+from tolserve.tol.policy.base import Evictable, Oblivious, tail
 
 # The paper's: a tenth of the slots for newcomers, uses counted up to 3, more than one to be promoted.
 _SMALL_SHARE = 10
@@ -19,12 +17,20 @@ class S3FIFO(Oblivious):
     """
 
     def __init__(self, slots: int) -> None:
-        self._small_slots = max(1, slots // _SMALL_SHARE)
-        self._ghosts_kept = slots - self._small_slots
         self._small: OrderedDict[int, None] = OrderedDict()
         self._main: OrderedDict[int, None] = OrderedDict()
         self._ghosts: OrderedDict[int, None] = OrderedDict()
         self._uses: dict[int, int] = {}  # since it came in; -1 until its first use, which it came for
+        self.resize(slots)
+
+    def resize(self, slots: int) -> None:
+        self._small_slots = max(1, slots // _SMALL_SHARE)
+        self._ghosts_kept = slots - self._small_slots
+        self._forget_ghosts()
+
+    def _forget_ghosts(self) -> None:
+        while len(self._ghosts) > self._ghosts_kept:
+            self._ghosts.popitem(last=False)
 
     def insert(self, key: int) -> None:
         queue = self._main if key in self._ghosts else self._small
@@ -42,8 +48,7 @@ class S3FIFO(Oblivious):
             return
         del self._small[key]
         self._ghosts[key] = None
-        if len(self._ghosts) > self._ghosts_kept:
-            self._ghosts.popitem(last=False)
+        self._forget_ghosts()
 
     def victim(self, evictable: Evictable) -> int | None:
         searches = [self._from_small, self._from_main]
@@ -85,5 +90,5 @@ class S3FIFO(Oblivious):
             self._main.move_to_end(key, last=False)
         return found
 
-    def keys(self) -> Iterable[int]:
-        return chain(self._small, self._main)
+    def keys(self, last: int | None = None) -> list[int]:
+        return tail([*self._small, *self._main], last)
