@@ -25,7 +25,7 @@ class S3FIFO(Oblivious):
 
     def resize(self, slots: int) -> None:
         self._small_slots = max(1, slots // _SMALL_SHARE)
-        self._ghosts_kept = slots - self._small_slots
+        self._ghosts_kept = max(0, slots - self._small_slots)
         self._forget_ghosts()
 
     def _forget_ghosts(self) -> None:
