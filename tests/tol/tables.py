@@ -79,6 +79,12 @@ def bytes_in(pager: Pager, lease: Lease, token: int) -> Records:
     return np.concatenate([part.arena.data[slots[token], : part.bytes].numpy() for part, slots in parts])
 
 
+def assert_bytes(pager: Pager, lease: Lease, records: Records) -> None:
+    """Every record of a lease is the table's."""
+    for token in lease.tokens:
+        assert np.array_equal(bytes_in(pager, lease, token), records[token]), f"token {token}"
+
+
 def value(metrics: Metrics, name: str, *labels: str) -> float:
     """A counter or gauge; without labels, the sum over all of its series."""
     (metric,) = [metric for metric in metrics.snapshot() if metric.name == f"tolserve_{name}"]

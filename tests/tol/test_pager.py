@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tol.tables import HeldTable, Records, bytes_in, flip_byte, make_table, open_pager, shard_file, value
+from tol.tables import HeldTable, Records, assert_bytes, bytes_in, flip_byte, make_table, open_pager, shard_file, value
 from tolserve.metrics import Metrics
 from tolserve.tol.pager import Lease, Pager, RecordsUnavailable
 from tolserve.tol.policy import POLICIES
@@ -25,11 +25,6 @@ VOCAB = 24
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Records]:
     return make_table(tmp_path_factory.mktemp("tables") / "t", VOCAB, shard_bytes=10 * 1536)
-
-
-def assert_bytes(pager: Pager, lease: Lease, records: Records) -> None:
-    for token in lease.tokens:
-        assert np.array_equal(bytes_in(pager, lease, token), records[token]), f"token {token}"
 
 
 def assert_idle(pager: Pager, metrics: Metrics) -> None:

@@ -38,9 +38,9 @@ class WholeTable:
         manifest = table.manifest
         self.slots = self.used = manifest.vocab_size
         self.reserved = 0
-        self._path = _FOLDER / f"{_PREFIX}{os.getuid()}-{_identity(table)}"
+        self.path = _FOLDER / f"{_PREFIX}{os.getuid()}-{_identity(table)}"
         self._size = manifest.vocab_size * manifest.record_bytes
-        _delete_unused(keep=self._path)
+        _delete_unused(keep=self.path)
         self._fd = self._open(table, disk)
         try:
             mapping = mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ)
@@ -52,13 +52,15 @@ class WholeTable:
     def _open(self, table: Table, disk: DiskSource) -> int:
         """A descriptor of the complete file, with a shared lock on it."""
         while True:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self.path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)  # waits for a process that is loading it
-                if _lies_at(fd, self._path) and os.fstat(fd).st_mode & 0o200:
-                    self._load(table, disk)
-                fcntl.flock(fd, fcntl.LOCK_SH)
-                if _lies_at(fd, self._path):  # else it was deleted between two of these calls
+                fcntl.flock(fd, fcntl.LOCK_SH)  # waits for a process that is loading it
+                if not _is_complete(fd):
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+                    if _lies_at(fd, self.path) and not _is_complete(fd):
+                        self._load(table, disk)
+                    fcntl.flock(fd, fcntl.LOCK_SH)
+                if _lies_at(fd, self.path):  # else it was deleted between two of these calls
                     return fd
             except BaseException:
                 os.close(fd)
@@ -67,21 +69,21 @@ class WholeTable:
 
     def _load(self, table: Table, disk: DiskSource) -> None:
         """Fill the file. Its owner loses the right to write as the last act: that is what says it is complete."""
-        log.info("reading the whole table into %s, %d bytes", self._path, self._size)
-        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        log.info("reading the whole table into %s, %d bytes", self.path, self._size)
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
             os.posix_fallocate(fd, 0, self._size)  # writing past what there is would be a signal, not an error
             records = HostMemory(self.slots, table.manifest.record_bytes, "cpu", mmap.mmap(fd, self._size)).records
             _read_all(table, disk, records)
             os.fchmod(fd, 0o400)
         except OSError as error:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             raise MemoryError(
                 f"the whole table takes {self._size} bytes of shared memory, which {_FOLDER} does not have "
                 f"({error.strerror}); raise its size (docker run --shm-size), or give a smaller --host-cache"
             ) from error
         except BaseException:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             raise
         finally:
             os.close(fd)
@@ -109,14 +111,15 @@ class WholeTable:
             raise ValueError("a whole table in host memory is shared and has one size; restart for a smaller cache")
 
     def check(self) -> None:
-        if not _lies_at(self._fd, self._path):
-            raise RuntimeError(f"host tier: {self._path} was deleted")
+        if not _lies_at(self._fd, self.path):
+            raise RuntimeError(f"host tier: {self.path} was deleted")
 
     def close(self) -> None:
         """Let go of it; the last one deletes it. A second time does nothing."""
         if self._fd < 0:
             return
         self._memory.close()
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # closing is not enough: the mapping has a copy of the descriptor
         os.close(self._fd)
         self._fd = -1
         _delete_unused(keep=None)
@@ -127,6 +130,10 @@ def _identity(table: Table) -> str:
     digest = hashlib.sha256((table.path / MANIFEST).read_bytes())
     digest.update(table.checksums.tobytes())
     return digest.hexdigest()[:32]
+
+
+def _is_complete(fd: int) -> bool:
+    return not os.fstat(fd).st_mode & 0o200
 
 
 def _lies_at(fd: int, path: Path) -> bool:
