@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_table import random_table
 from report import machine, write
 
 from tolserve.engine.assemble import BLOCK_SIZE, use_threads
@@ -32,7 +33,7 @@ from tolserve.model.config import ModelConfig
 from tolserve.model.presets import preset
 from tolserve.model.transformer import Transformer
 from tolserve.tol.pager import Pager
-from tolserve.tol.table import Table, TableWriter
+from tolserve.tol.table import Table
 
 Trace = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -49,21 +50,6 @@ def random_transformer(config: ModelConfig, dtype: torch.dtype, device: str) -> 
         state[name] = (torch.ones_like(values) if parameter.ndim == 1 else values).to(device)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def random_table(path: Path, config: ModelConfig) -> Table:
-    """A bf16 table of random records; every record differs from the others in where its values start."""
-    if not path.exists():
-        shape = {"num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size}
-        writer = TableWriter(path, vocab_size=config.vocab_size, fingerprint="random", **shape)
-        size = config.num_hidden_layers * config.hidden_size
-        noise = torch.randn(size + 4096, generator=torch.Generator().manual_seed(1)).mul_(0.02).to(torch.bfloat16)
-        values = noise.view(torch.int16).numpy()
-        for first in range(0, config.vocab_size, 512):
-            tokens = range(first, min(first + 512, config.vocab_size))
-            writer.write(np.stack([values[t % 4096 : t % 4096 + size] for t in tokens]).view(np.uint8))
-        writer.finish()
-    return Table.open(path)
 
 
 @dataclass
@@ -200,7 +186,12 @@ def main() -> None:
     if args.vocab:
         memory, base = replace(memory, vocab_size=args.vocab), replace(base, vocab_size=args.vocab)
     trace: Trace = np.load(args.trace)["tokens"].astype(np.int64) % memory.vocab_size
-    table = random_table(args.table, memory)
+    table = random_table(
+        args.table,
+        vocab_size=memory.vocab_size,
+        num_layers=memory.num_hidden_layers,
+        hidden_size=memory.hidden_size,
+    )
     dtype = getattr(torch, args.dtype)
     model = random_transformer(memory, dtype, args.device)
     ffn_bytes = 3 * memory.hidden_size * memory.intermediate_size * memory.num_hidden_layers * 2  # bf16

@@ -241,6 +241,11 @@ class TableWriter:
         self._folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self._folder.mkdir()
 
+    @property
+    def manifest(self) -> Manifest:
+        """What the table will say of itself, but for its shards."""
+        return self._manifest
+
     def write(self, records: Bytes) -> None:
         """Append records uint8 [n, record_bytes]. Raises TableError for another shape or more than vocab_size."""
         manifest = self._manifest

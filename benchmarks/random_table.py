@@ -1,0 +1,78 @@
+"""Tables of random records at any shape, for the benchmarks.
+
+    python benchmarks/random_table.py /fast/disk/table --vocab-size 128256 --num-layers 24 --hidden-size 2048
+
+Paging does not look into records; they only have to differ. bf16 values are finite all the same, N(0, 0.02^2), since
+benchmarks/decode.py runs a model over them. Records of another encoding are random bytes: their scales may be NaN, so
+they are good to be paged and not to be gathered. A table that is there already is opened, not written again.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import report
+
+from tolserve.tol.table import Bytes, Manifest, Table, TableWriter, describe
+
+# Records are windows into one block of noise; this many different ones, then they repeat under other checksums.
+WINDOWS = 8191
+BATCH_BYTES = 64 << 20
+
+
+def random_table(path: Path, *, vocab_size: int, num_layers: int, hidden_size: int, **options: Any) -> Table:
+    """The table of random records at `path`, written now unless one is there; `options` are TableWriter's.
+
+    Raises ValueError when what is there is a table of another shape.
+    """
+    shape = {"vocab_size": vocab_size, "num_layers": num_layers, "hidden_size": hidden_size}
+    if path.exists():
+        table = Table.open(path)
+        if any(getattr(table.manifest, name) != value for name, value in shape.items()):
+            raise ValueError(f"{path} holds a table of another shape than {shape}; name another folder")
+        return table
+    writer = TableWriter(path, fingerprint="random", **shape, **options)
+    try:
+        for records in _records(writer.manifest):
+            writer.write(records)
+        writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    return Table.open(path)
+
+
+def _records(manifest: Manifest) -> Iterator[Bytes]:
+    """All records in order, uint8 [n, record_bytes] at a time."""
+    size = manifest.record_bytes
+    rng = np.random.default_rng(1)
+    if manifest.encoding_name == "bf16":
+        step = 2
+        values = rng.standard_normal(size // 2 + WINDOWS, np.float32) * np.float32(0.02)
+        noise = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    else:
+        step = 1
+        noise = rng.integers(0, 256, size + WINDOWS, np.uint8)
+    batch = max(1, BATCH_BYTES // size)
+    for first in range(0, manifest.vocab_size, batch):
+        starts = (token % WINDOWS * step for token in range(first, min(first + batch, manifest.vocab_size)))
+        yield np.stack([noise[start : start + size] for start in starts])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--vocab-size", type=int, default=128_256)
+    parser.add_argument("--num-layers", type=int, default=24)
+    parser.add_argument("--hidden-size", type=int, default=2048)
+    args = parser.parse_args()
+    started = time.perf_counter()
+    facts = describe(random_table(**vars(args)))
+    report.write(facts | {"seconds": round(time.perf_counter() - started, 1)}, None)
+
+
+if __name__ == "__main__":
+    main()
