@@ -44,6 +44,8 @@ def make_table(
 @contextlib.contextmanager
 def open_pager(table: Table, device_slots: int, host_slots: int = 0, **options: Any) -> Iterator[tuple[Pager, Metrics]]:
     metrics = Metrics()
+    if isinstance(table, HeldTable):
+        options.setdefault("io", "buffered")
     pager = Pager(table, device_slots=device_slots, host_slots=host_slots, device="cpu", metrics=metrics, **options)
     try:
         yield pager, metrics
@@ -52,7 +54,10 @@ def open_pager(table: Table, device_slots: int, host_slots: int = 0, **options: 
 
 
 class HeldTable(Table):
-    """A table whose reads wait in their threads while they are held: what is on its way stays on its way."""
+    """A table whose reads wait while they are held: what is on its way stays on its way.
+
+    For buffered reads, which are checked in threads: asynchronous ones are checked by whoever asks for them.
+    """
 
     def __init__(self, table: Table) -> None:
         super().__init__(table.path, table.manifest, table.checksums)

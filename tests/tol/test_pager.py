@@ -557,7 +557,7 @@ def test_a_closed_pager_fails_what_was_still_queued(tmp_path: Path) -> None:
             lease = pager.acquire([1, 2, 3])
             closing = threading.Thread(target=pager.close)
             closing.start()
-            wait_until(lambda: pager.disk._closing)
+            wait_until(lambda: pager.disk._closed)
             go.set()
             closing.join()
         with pytest.raises(RecordsUnavailable, match="closed") as caught:

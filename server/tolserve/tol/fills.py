@@ -7,7 +7,8 @@ from typing import Literal
 
 from tolserve.tol.arena import Event
 from tolserve.tol.counters import Counters
-from tolserve.tol.disk import Deliver, DiskSource, Read, ReadRequest
+from tolserve.tol.disk import DiskSource, Read, ReadRequest
+from tolserve.tol.disk.reads import Deliver
 from tolserve.tol.host import Host
 from tolserve.tol.part import Part
 from tolserve.tol.table import Bytes, RecordError, Table
@@ -73,7 +74,7 @@ class Fills:
         if keep is None:
             groups = groups[self.parts[min(fill.slots)].groups.start : self.parts[max(fill.slots)].groups.stop]
         self._reads[fill.token, groups.start, groups.stop] = fill
-        return ReadRequest(fill.token, groups, self._deliver(fill, groups, keep))
+        return ReadRequest(fill.token, groups, self._deliver(fill, groups, keep), background=fill.cause != "demand")
 
     def _deliver(self, fill: Fill, groups: range, keep: Bytes | None) -> Deliver:
         """Runs in a reader thread, and so touches nothing but its own bytes."""

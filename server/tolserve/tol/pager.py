@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from tolserve.metrics import Metrics
 from tolserve.tol.arena import Device, DeviceArena
 from tolserve.tol.counters import Counters
-from tolserve.tol.disk import DiskSource
+from tolserve.tol.disk import READ_DEPTH, DiskSource
 from tolserve.tol.fills import Cause, Fills
 from tolserve.tol.host import Host, HostTier
 from tolserve.tol.lease import Lease, RecordsUnavailable
@@ -46,7 +46,7 @@ class Pager:
         frequent: Sequence[int] | None = None,
         head_factor: float | None = None,
         io: str = "direct",
-        read_depth: int = 8,
+        read_depth: int = READ_DEPTH,
         metrics: Metrics,
     ) -> None:
         """Sizes in records; `frequent` tokens are for policies that need them, the most frequent first.
