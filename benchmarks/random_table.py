@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import report
 
-from tolserve.tol.table import Bytes, Manifest, Table, TableWriter, describe
+from tolserve.tol.table import Bytes, Manifest, Table, describe
+from tolserve.tol.writer import TableWriter
 
 # Records are windows into one block of noise; this many different ones, then they repeat under other checksums.
 WINDOWS = 8191

@@ -20,7 +20,8 @@ from tolserve.model.build import build_table, export
 from tolserve.model.checkpoint import WEIGHTS, is_memory_tensor, read_fingerprint
 from tolserve.model.config import ModelConfig
 from tolserve.tol.frequencies import FrequencyError, write_frequencies
-from tolserve.tol.table import TableError, TableWriter
+from tolserve.tol.table import TableError
+from tolserve.tol.writer import TableWriter
 
 
 @pytest.fixture

@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from tolserve.metrics import Metrics
 from tolserve.tol.pager import Lease, Pager
-from tolserve.tol.table import Bytes, Table, TableWriter
+from tolserve.tol.table import Bytes, Table
+from tolserve.tol.writer import TableWriter
 
 Records = npt.NDArray[np.uint8]
 RECORD_BYTES = {"page": 4096, "padded": 8064, "packed": 1536}  # one page; 1.6% of padding; padding would waste 62%
-SHAPES = {"page": (8, 256), "padded": (7, 576), "packed": (3, 256)}  # (layers, hidden_size)
+SHAPES = {"page": (2, 1024), "padded": (3, 1344), "packed": (3, 256)}  # (layers, hidden_size)
+GROUPED = {"grouped": (9, 224)}  # layers enough for two groups: 3 x 448 and 6 x 448 bytes
 
 
 def random_records(vocab_size: int, record_bytes: int, seed: int = 0) -> Records:
@@ -26,7 +28,7 @@ def make_table(
     path: Path, vocab_size: int = 40, shape: str = "packed", shard_bytes: int = 1 << 30
 ) -> tuple[Table, Records]:
     """A table of random records, and the records [vocab_size, record_bytes]."""
-    layers, hidden_size = SHAPES[shape]
+    layers, hidden_size = (SHAPES | GROUPED)[shape]
     records = random_records(vocab_size, layers * hidden_size * 2)
     writer = TableWriter(
         path,

@@ -68,7 +68,7 @@ def test_any_interleaving_hands_out_the_tables_bytes(
     options = {"read_depth": depth, "policy": policy, "frequent": [3, 1, 7, 0, 12]}
     with open_pager(table, slots, host_slots, **options) as (pager, metrics):
         open_leases: list[Lease] = []
-        waited_for: set[int] = set()
+        waited_for: set[Lease] = set()
         lookups = 0
         for action, asked in trace:
             if action == "acquire":
@@ -87,7 +87,7 @@ def test_any_interleaving_hands_out_the_tables_bytes(
             elif action == "wait" and open_leases:
                 lease = open_leases[sum(asked) % len(open_leases)]
                 assert lease.wait() >= 0
-                waited_for.add(id(lease))
+                waited_for.add(lease)
             elif action == "release" and open_leases:
                 lease = open_leases.pop(sum(asked) % len(open_leases))
                 pager.release(lease)
@@ -98,7 +98,7 @@ def test_any_interleaving_hands_out_the_tables_bytes(
             pager.check()
             # Several leases may be out; what was once there must stay, byte for byte, until its release.
             for lease in open_leases:
-                if id(lease) in waited_for:
+                if lease in waited_for:
                     assert_bytes(pager, lease, records)
             pinned = {token for lease in open_leases for token in lease.tokens}
             for part in range(len(pager.parts)):

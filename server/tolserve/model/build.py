@@ -22,7 +22,8 @@ from tolserve.model.checkpoint import (
 )
 from tolserve.model.config import ModelConfig
 from tolserve.model.transformer import Transformer
-from tolserve.tol.table import Manifest, TableError, TableWriter
+from tolserve.tol.table import Manifest, TableError
+from tolserve.tol.writer import TableWriter
 
 # Tokens per FFN call: large enough that the weights are read from memory rarely, small enough that the widest
 # intermediate (K floats per token) stays at a few tens of megabytes.

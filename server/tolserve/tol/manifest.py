@@ -6,11 +6,14 @@ read here is checked before it is believed: a table comes from disk, and may com
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+import numpy as np
 
 from tolserve.tol.encoding import Encoding, EncodingError, RowLayout
 
@@ -18,8 +21,9 @@ PAGE = 4096  # the unit of O_DIRECT: offsets, lengths and buffers are multiples 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.safetensors"
+FACTORS = "factors.safetensors"
 LAYOUT = "token-major"
-ITEM_BYTES = {"U8": 1, "U32": 4}  # safetensors' names of the dtypes used here
+ITEM_BYTES = {"U8": 1, "BF16": 2, "U32": 4}  # safetensors' names of the dtypes used here
 _MAX_HEADER = 1 << 20  # ours are one page; a longer header is somebody else's file
 
 
@@ -64,6 +68,7 @@ class Manifest:
     record_stride: int
     groups: tuple[Group, ...]
     shards: tuple[Shard, ...]
+    factors_crc32: int | None = None  # of a lowrank table's factors, one layer's after another; None for others
 
     def row_layout(self, layer: int) -> tuple[int, RowLayout]:
         """Index of the layer's group, and where in that part of a record its row lies. Raises KeyError for a layer
@@ -82,6 +87,16 @@ class Manifest:
                 offset += encoding.row_bytes(widths[layer])
         return layouts
 
+    def read_bytes(self, groups: range) -> float:
+        """Bytes that reading these consecutive groups of one record moves, whole pages, as a mean over all tokens."""
+        first, last = self.groups[groups.start], self.groups[groups.stop - 1]
+        moved = 0
+        for shard in self.shards:
+            starts = np.arange(shard.tokens, dtype=np.int64) * self.record_stride + first.offset
+            ends = starts + last.offset + last.bytes - first.offset
+            moved += int((-(-ends // PAGE) - starts // PAGE).sum()) * PAGE
+        return moved / self.vocab_size
+
     def to_json(self) -> str:
         checksums = {"file": CHECKSUMS, "algorithm": "crc32", "seed": "token"}
         fixed = {
@@ -90,12 +105,16 @@ class Manifest:
             "checksums": checksums,
             "frequencies": None,
         }
-        return json.dumps(fixed | asdict(self) | {"encoding": self.encoding.to_json()}, indent=2) + "\n"
+        fields = fixed | asdict(self) | {"encoding": self.encoding.to_json()}
+        crc32 = fields.pop("factors_crc32")
+        if crc32 is not None:
+            fields["factors"] = {"file": FACTORS, "crc32": crc32}
+        return json.dumps(fields, indent=2) + "\n"
 
     @classmethod
-    def load(cls, path: Path) -> "Manifest":
-        """Read and check `path`/manifest.json. Raises TableError."""
-        file = path / MANIFEST
+    def load(cls, path: Path, name: str = MANIFEST) -> "Manifest":
+        """Read and check the manifest of the table in `path`. Raises TableError."""
+        file = path / name
         try:
             raw = json.loads(file.read_bytes())
         except FileNotFoundError:
@@ -110,6 +129,15 @@ class Manifest:
             return _parse(raw)
         except TableError as error:
             raise TableError(f"{file}: {error}") from None
+
+
+def split_layers(layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Layers of each group of a new record. The first quarter is a group of its own where there are at least four.
+
+    Its rows are needed first, so that a reader may keep them near for more tokens than the rest.
+    """
+    first = -(-len(layers) // 4) if len(layers) >= 4 else len(layers)
+    return [tuple(part) for part in (layers[:first], layers[first:]) if part]
 
 
 def record_stride(record_bytes: int) -> int:
@@ -159,6 +187,13 @@ def _shard(raw: dict[str, Any]) -> Shard:
     return Shard(file, first, tokens, _number(raw["data_start"], "data_start", 0))
 
 
+def _factors(raw: Any) -> int:
+    fields = _fields(raw, "factors", {"file", "crc32"})
+    if fields["file"] != FACTORS:
+        raise TableError(f"the file of factors is {fields['file']!r}; this tolserve reads {FACTORS!r}")
+    return _number(fields["crc32"], "crc32 of factors", 0)
+
+
 def _parse(raw: Any) -> Manifest:
     if not isinstance(raw, dict):
         raise TableError("the manifest is no JSON object")
@@ -166,17 +201,18 @@ def _parse(raw: Any) -> Manifest:
         version = raw.get("format_version")
         raise TableError(f"format_version is {version!r}; this tolserve reads {FORMAT_VERSION}: build the table again")
     fixed = {"format_version", "layout", "checksums", "frequencies"}
-    raw = _fields(raw, "the manifest", fixed | set(Manifest.__dataclass_fields__))
+    try:
+        encoding = Encoding.parse(raw.get("encoding"))
+    except EncodingError as error:
+        raise TableError(str(error)) from None
+    lowrank = {"factors"} if encoding.ranks is not None else set()
+    raw = _fields(raw, "the manifest", fixed | lowrank | set(Manifest.__dataclass_fields__) - {"factors_crc32"})
     checksums = {"file": CHECKSUMS, "algorithm": "crc32", "seed": "token"}
     for name, value in {"layout": LAYOUT, "checksums": checksums, "frequencies": None}.items():
         if raw[name] != value:
             raise TableError(f"{name} is {raw[name]!r}; this tolserve reads {value!r}")
     if not isinstance(raw["fingerprint"], str) or not raw["fingerprint"]:
         raise TableError("fingerprint is no text")
-    try:
-        encoding = Encoding.parse(raw["encoding"])
-    except EncodingError as error:
-        raise TableError(str(error)) from None
     manifest = Manifest(
         fingerprint=raw["fingerprint"],
         vocab_size=_number(raw["vocab_size"], "vocab_size", 1),
@@ -189,6 +225,7 @@ def _parse(raw: Any) -> Manifest:
         record_stride=_number(raw["record_stride"], "record_stride", 1),
         groups=tuple(_group(g) for g in _objects(raw["groups"], "groups", {"layers", "offset", "bytes"})),
         shards=tuple(_shard(s) for s in _objects(raw["shards"], "shards", set(Shard.__dataclass_fields__))),
+        factors_crc32=_factors(raw["factors"]) if lowrank else None,
     )
     _check_record(manifest)
     _check_extents(manifest)
@@ -231,14 +268,18 @@ def _check_extents(manifest: Manifest) -> None:
         raise TableError("two shards have the same file")
 
 
-def write_header(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], metadata: dict[str, str]) -> int:
-    """Write the header of a safetensors file with one tensor; the data starts at the returned byte, a page's start."""
+def header(name: str, dtype: str, shape: tuple[int, ...], metadata: dict[str, str]) -> bytes:
+    """Header of a safetensors file with one tensor, padded so that the data behind it starts at a page."""
     size = prod(shape) * ITEM_BYTES[dtype]
     tensor = {"dtype": dtype, "shape": list(shape), "data_offsets": [0, size]}
-    header = json.dumps({"__metadata__": metadata, name: tensor}, separators=(",", ":")).encode()
-    data_start = -(-(8 + len(header)) // PAGE) * PAGE
-    file.write(struct.pack("<Q", data_start - 8) + header.ljust(data_start - 8))
-    return data_start
+    text = json.dumps({"__metadata__": metadata, name: tensor}, separators=(",", ":")).encode()
+    data_start = -(-(8 + len(text)) // PAGE) * PAGE
+    return struct.pack("<Q", data_start - 8) + text.ljust(data_start - 8)
+
+
+def file_metadata(fingerprint: str, first_token: int) -> dict[str, str]:
+    """What a table's safetensors file says of where it belongs."""
+    return {"fingerprint": fingerprint, "first_token": str(first_token)}
 
 
 def read_header(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, dict[str, str]]:
