@@ -25,11 +25,11 @@ def random_records(vocab_size: int, record_bytes: int, seed: int = 0) -> Records
 
 
 def make_table(
-    path: Path, vocab_size: int = 40, shape: str = "packed", shard_bytes: int = 1 << 30
+    path: Path, vocab_size: int = 40, shape: str = "packed", shard_bytes: int = 1 << 30, seed: int = 0
 ) -> tuple[Table, Records]:
     """A table of random records, and the records [vocab_size, record_bytes]."""
     layers, hidden_size = (SHAPES | GROUPED)[shape]
-    records = random_records(vocab_size, layers * hidden_size * 2)
+    records = random_records(vocab_size, layers * hidden_size * 2, seed)
     writer = TableWriter(
         path,
         vocab_size=vocab_size,

@@ -374,11 +374,14 @@ class Pager:
         _check_sizes(device_slots, host_slots)
         self._quiesce()
         manifest = self.table.manifest
+        host_slots = min(host_slots, manifest.vocab_size)
+        if host_slots == manifest.vocab_size != self.host.slots:
+            raise ValueError("the whole table in host memory is shared between processes; restart to have it")
         sizes = [slots for _, slots in part_slots(manifest, device_slots, self._head_factor)]
         if len(sizes) != len(self.parts):
             raise ValueError("a device tier of the whole table is not split into layer groups; restart for it")
         arenas = [DeviceArena(slots, part.bytes, self._device) for part, slots in zip(self.parts, sizes, strict=True)]
-        self.host.resize(min(host_slots, manifest.vocab_size))
+        self.host.resize(host_slots)
         for part, arena in zip(self.parts, arenas, strict=True):
             self._count.evictions.add(part.move(arena), "device")
         there = self.parts[-1].slot_of
