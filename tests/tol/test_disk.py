@@ -16,7 +16,7 @@ from tolserve.tol.disk import DiskSource, Read, ReadRequest
 from tolserve.tol.disk.aio import AsyncReader
 from tolserve.tol.disk.reads import Deliver
 from tolserve.tol.manifest import Group
-from tolserve.tol.table import Bytes, RecordError, Table
+from tolserve.tol.table import Bytes, RecordError, Table, TableError
 
 # How bytes come: by asynchronous reads, by the pool beside them, by the pool alone.
 WAYS = {"asynchronous": ("direct", False), "background": ("direct", True), "buffered": ("buffered", False)}
@@ -308,7 +308,7 @@ def test_closing_fails_what_is_queued_and_gives_back_every_descriptor(
     with pytest.raises(RuntimeError, match="closed"):
         source.submit([request(1)])
     (table.path / table.manifest.shards[-1].file).unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(TableError, match="cannot be read"):
         DiskSource(table, io)
     assert len(os.listdir("/proc/self/fd")) == before
 

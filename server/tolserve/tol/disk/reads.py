@@ -80,7 +80,11 @@ class Job:
             self.table.check(token, payload, self.request.groups)
         except RecordError as error:
             self.failures += (error.kind,)
-            return self.over(error=error) if len(self.failures) == ATTEMPTS else None
+            if len(self.failures) == ATTEMPTS:
+                return self.over(error=error)
+            # Wrong bytes may lie in the page cache alone: the next attempt must come from below it.
+            os.posix_fadvise(self.fd, self.offset, self.length, os.POSIX_FADV_DONTNEED)
+            return None
         try:
             return self.over(delivered=self.request.deliver(payload))
         except Exception as fault:  # noqa: BLE001 - it is raised where the read is waited for

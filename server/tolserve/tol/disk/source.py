@@ -21,7 +21,7 @@ from tolserve.tol.disk.aio import AsyncReader, ReadAt
 from tolserve.tol.disk.pagecache import resident_share
 from tolserve.tol.disk.reads import CLOSED, HANGING, Job, Read, ReaderPool, ReadRequest
 from tolserve.tol.manifest import PAGE
-from tolserve.tol.table import Table
+from tolserve.tol.table import Table, TableError
 
 IO = Literal["direct", "buffered"]
 READ_DEPTH = 32
@@ -29,13 +29,15 @@ READ_DEPTH = 32
 _BACKGROUND = 8
 # A disk that is slow for seconds still gets to finish; one that hangs does not keep the process from ending.
 CLOSE_SECONDS = 5.0
+# What a file system without O_DIRECT answers, at the opening or at the first read.
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class DiskSource:
     """Reads parts of records of a table, up to `depth` at the same time. Every request leads to exactly one `Read`.
 
     One thread calls everything here. `io` is what is really used: "direct" falls back to "buffered" where the file
-    system refuses it. Raises OSError if a shard cannot be opened, ValueError for another `io` or a `depth` below 1.
+    system refuses it. Raises TableError if a shard cannot be opened, ValueError for another `io` or a `depth` below 1.
     """
 
     def __init__(self, table: Table, io: str = "direct", depth: int = READ_DEPTH) -> None:
@@ -66,18 +68,20 @@ class DiskSource:
         self._peak = 0
 
     def _open(self, flag: int) -> bool:
-        """Open every shard and try a page of it; False, with none left open, when the system refuses `flag`."""
-        probe = mmap.mmap(-1, PAGE)
-        try:
-            for shard in self._table.manifest.shards:
-                self._fds.append(os.open(self._table.path / shard.file, os.O_RDONLY | os.O_CLOEXEC | flag))
-                if flag:
-                    os.preadv(self._fds[-1], [probe], shard.data_start)
-        except OSError as error:
-            self._close_files()
-            if flag and error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+        """Open every shard; False, with none left open, when the system refuses `flag`."""
+        for shard in self._table.manifest.shards:
+            file = self._table.path / shard.file
+            try:
+                self._fds.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC | flag))
+                refused = bool(flag) and _refuses_direct(self._fds[-1], shard.data_start)
+            except OSError as error:
+                refused = bool(flag) and error.errno in _REFUSALS
+                if not refused:
+                    self._close_files()
+                    raise TableError(f"{file} cannot be read: {error}") from error
+            if refused:
+                self._close_files()
                 return False
-            raise
         return True
 
     @property
@@ -202,3 +206,12 @@ class DiskSource:
             with suppress(OSError):
                 os.close(fd)
         self._fds.clear()
+
+
+def _refuses_direct(fd: int, offset: int) -> bool:
+    """Whether reading a page is refused. If it fails otherwise, that is one record's fault, found by who needs it."""
+    try:
+        os.preadv(fd, [mmap.mmap(-1, PAGE)], offset)
+    except OSError as error:
+        return error.errno in _REFUSALS
+    return False
