@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from e2e.conftest import model_dir, start_server
 from faulty_fs import Mount, MountOver, Way
+
+__all__ = ["model_dir", "start_server"]  # fixtures, used by name
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ class Bench:
 
 @contextmanager
 def open_bench(mount: Mount, folder: Path, slots: int = 10, host_slots: int = 0, **options: Any) -> Iterator[Bench]:
+    """Over a new table in `folder`."""
     _, records = make_table(folder, V, "page")
     table = Table.open(mount.at(folder))
     with open_pager(table, slots, host_slots, **options) as (pager, metrics):
@@ -229,16 +230,31 @@ def test_an_error_at_the_opening_names_the_file(mount: Mount, intact: Path, file
     Table.open(mount.at(intact))
 
 
-@pytest.mark.parametrize(("op", "io"), [("open", "direct"), ("open", "buffered"), ("read", "direct")])
-def test_an_error_when_the_shards_are_opened_names_the_file(mount: Mount, intact: Path, op: Any, io: str) -> None:
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_an_error_when_the_shards_are_opened_names_the_file(mount: Mount, intact: Path, io: str) -> None:
     table = Table.open(mount.at(intact))
     before = len(os.listdir("/proc/self/fd"))
-    fault = mount.inject(Fault(op, "error", SHARD))
+    fault = mount.inject(Fault("open", "error", SHARD))
     expected = pytest.raises(TableError, match=f"{SHARD} cannot be read: .*{os.strerror(errno.EIO)}")
     with expected, open_pager(table, 4, io=io):
         pass
     assert fault.fired == 1
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_one_bad_record_keeps_no_server_from_starting(mount: Mount, tmp_path: Path) -> None:
+    """Not even the first one, whose page shows whether the file system reads directly."""
+    make_table(tmp_path / "t", V, "page")
+    fault = mount.inject(over(Table.open(tmp_path / "t"), FAULTS["io"], 0))
+    with open_bench(mount, tmp_path / "t", V, io="direct") as bench:
+        assert bench.pager.disk.io == "direct"
+        bench.pager.preload()
+        assert value(bench.metrics, "tol_fills_total", "disk", "preload") == V - 1
+        assert bench.errors("io") >= 2
+        assert fault.fired == bench.errors("io") + 1
+        bench.read(*range(1, V))
+        mount.clear()
+        bench.read(0)
 
 
 @pytest.mark.parametrize(
