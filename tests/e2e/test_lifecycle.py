@@ -139,6 +139,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced(
             second = engine_of(server)
             os.kill(second, fault)
             eventually(lambda: is_gone(second), "the second engine is gone")
+            assert "killed by SIGKILL; it is being restarted; unless somebody killed it" in server.log.read_text()
             assert status(server, "/health") == 503
         server.wait_ready()
         assert status(server, "/health") == 200

@@ -52,6 +52,12 @@ SNAPSHOT_SECONDS = 1.0
 STOP_SECONDS = 2.0
 # A killed process is gone in milliseconds, unless the kernel itself waits for a disk.
 KILL_SECONDS = 10.0
+# What a signal that nobody here sent usually means, for the log.
+ADVICE: dict[int, str] = {
+    signal.SIGKILL: "unless somebody killed it, the machine or the container is out of memory (then the kernel's log "
+    "says so): give less to --device-cache, --host-cache and --kv-cache, or allow the server more",
+    signal.SIGBUS: "a mapped file could not be read: is the disk with the model's weights in order?",
+}
 
 Answer = TypeVar("Answer", bound=FromEngine)
 
@@ -62,6 +68,7 @@ class End:
 
     reason: Literal["exit", "hang"]
     message: str
+    advice: str = ""  # for who runs the server
 
 
 class Child:
@@ -196,7 +203,7 @@ class Child:
 
     def _end(self) -> End | None:
         if (status := self.process.poll()) is not None:
-            return End("exit", f"the engine process ended: {_describe(status)}")
+            return End("exit", f"the engine process ended: {_describe(status)}", ADVICE.get(-status, ""))
         if (failed := next((task for task in self._tasks if task.done()), None)) is not None:
             return End("hang", f"reading from the engine failed: {failed.exception()!r}")
         limit = LOADING_SILENCE_SECONDS if self.ready_since is None else SILENCE_SECONDS

@@ -99,7 +99,7 @@ class EngineClient:
         """Tell everyone who waits, and keep what the incarnation counted."""
         self.ready = None
         self.failure = end.message + ("; it is being restarted" if restart else "")
-        log.error("%s", self.failure)
+        log.error("%s", "; ".join(filter(None, (self.failure, end.advice))))
         self._failed.add(child.fail("dead", self.failure), "dead")
         self._past = merge(self._past, child.metrics)
         if restart:
