@@ -228,7 +228,7 @@ def serve_control(path: str, faults: Faults) -> None:
 
 
 def unmount(path: Path | str) -> None:
-    """Also where files are open, and where the file system is gone already."""
+    """Also where files are open, and where its process is gone already."""
     subprocess.run(["fusermount3", "-u", "-z", str(path)], check=False, capture_output=True)
 
 
@@ -278,13 +278,8 @@ class Mount:
 
     def close(self) -> None:
         self.clear()
-        try:
-            self.process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.die()
-            self.process.communicate()
-        if os.path.ismount(self.path) or self.process.returncode:
-            unmount(self.path)
+        self.process.communicate(timeout=MOUNT_SECONDS)
+        unmount(self.path)  # which one that was killed could not do itself
 
 
 MountOver = Callable[..., Mount]  # (folder, way): what the fixture `mount_over` gives
@@ -311,13 +306,20 @@ class Injected:
             time.sleep(0.01)
 
 
+def end_with_parent(path: str) -> None:
+    """Wait for standard input to be closed; a file that is still open somewhere does not hold this process up."""
+    sys.stdin.read()
+    unmount(path)
+    os._exit(0)
+
+
 def main() -> None:
     from mfusepy import FUSE
 
     folder, path, control, way = sys.argv[1:]
     faults = Faults()
     serve_control(control, faults)
-    threading.Thread(target=lambda: (sys.stdin.read(), unmount(path)), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(path,), daemon=True).start()
     operations = PassThrough(folder, faults, allow_direct=way != "refuses direct")
     options = {"direct_io": way != "page cache", "attr_timeout": 0, "entry_timeout": 0, "negative_timeout": 0}
     FUSE(operations, path, foreground=True, hard_remove=True, use_ino=True, **options)

@@ -221,27 +221,30 @@ def test_a_shard_that_is_cut_off_under_the_server_fails_what_lies_beyond(site: S
 # Starting ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_table_that_cannot_be_opened_ends_the_start_with_one_line(
+def test_a_start_that_meets_a_fault_ends_with_a_line_that_names_it(
     mount: Mount, paged_model: Path, whole_table: Path, tmp_path: Path
 ) -> None:
-    """An I/O error where the reader opens the shard, after the header was read; and a manifest that is none."""
+    """An I/O error where the reader opens the shard, after the header was read; one in the weights, which are mapped,
+    so that it is a signal; and a manifest that is none."""
     garbage = tmp_path / "garbage"
     garbage.mkdir()
     (garbage / "manifest.json").write_bytes(os.urandom(200))
     shard = Table.open(whole_table).manifest.shards[0].file
-    fault = mount.inject(Fault("open", "error", f"{whole_table.name}/{shard}", after=1))
+    bad_shard = mount.inject(Fault("open", "error", f"{whole_table.name}/{shard}", after=1))
+    bad_weights = mount.inject(Fault("read", "error", "model.safetensors", first=1 << 16))
     expected = {
-        mount.at(whole_table): f"{shard} cannot be read: [Errno 5] Input/output error",
-        garbage: "manifest.json is not JSON",
+        (paged_model, mount.at(whole_table)): f"{shard} cannot be read: [Errno 5] Input/output error",
+        (mount.at(paged_model), whole_table): "killed by SIGBUS; a mapped file could not be read",
+        (paged_model, garbage): "manifest.json is not JSON",
     }
-    base = tolserve("serve", str(paged_model), "--port", "0", "--log-format", "text", "--table")
-    started = {
-        table: subprocess.Popen([*base, str(table)], env=environment(), stderr=subprocess.PIPE, text=True)
-        for table in expected
-    }
-    for table, message in expected.items():
-        said = started[table].communicate(timeout=110)[1]
-        assert started[table].returncode == 1
+    started = []
+    for model, table in expected:
+        argv = tolserve("serve", str(model), "--table", str(table), "--port", "0", "--log-format", "text")
+        started.append(subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True))
+    for process, message in zip(started, expected.values(), strict=True):
+        said = process.communicate(timeout=110)[1]
+        assert process.returncode == 1
         assert message in said
         assert "Traceback" not in said
-    assert fault.fired == 1
+    assert bad_shard.fired == 1
+    assert bad_weights.fired > 0
