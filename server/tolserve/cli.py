@@ -128,12 +128,14 @@ def train(settings: TrainSettings) -> None:
 
 
 def table_build(settings: TableBuildSettings) -> None:
-    from tolserve.model.build import build_table, stamp
+    from tolserve.model.build import BuildOptions, build_table, stamp
     from tolserve.tol.table import Table, describe
 
     out = settings.out or settings.model / "tol"
+    dropped = tuple(int(layer) for layer in settings.drop_layers.split(",") if layer)
+    options = BuildOptions(settings.encoding, settings.group_size, settings.rank, settings.energy, dropped)
     with _Bar("building") as bar:
-        build_table(settings.model, out, force=settings.force, progress=bar)
+        build_table(settings.model, out, options, force=settings.force, progress=bar)
     stamp(settings.model)
     _show(describe(Table.open(out)), settings.json_output)
 

@@ -52,6 +52,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+EncodingName = Literal["bf16", "int8", "int4", "lowrank", "lowrank-int8", "lowrank-int4"]
 PolicyName = Literal["lru", "s3fifo", "static", "half-pinned", "context"]
 
 
@@ -157,7 +158,7 @@ class EngineOptions(Options):
     host_cache: CacheSize = Field("0", description="records in host memory behind the device, in the same units")
     tol_policy: PolicyName = Field("lru", description="which record leaves a full cache")
     tol_frequencies: Path | None = Field(None, description="token counts to preload and to pin by (`table freq`)")
-    tol_encoding: Literal["bf16"] = Field("bf16", description="encoding of the table to open or to build")
+    tol_encoding: EncodingName = Field("bf16", description="encoding of the table to open, or to build (not lowrank)")
     tol_io: Literal["direct", "buffered"] = Field("direct", description="read past the page cache or through it")
     max_num_seqs: Positive = Field(32, description="sequences in one step at most")
     max_num_batched_tokens: Positive = Field(512, description="tokens in one step at most")
@@ -263,6 +264,11 @@ class TableBuildSettings(Options):
 
     model: CliPositionalArg[Path] = Field(description="model directory with its memory.* tensors")
     out: Path | None = Field(None, description="table directory; MODEL/tol if not given")
+    encoding: Literal["bf16", "int8", "int4"] = Field("bf16", description="how values are stored")
+    group_size: Positive | None = Field(None, description="int8, int4: values per scale; 64, or 32 in lowrank tables")
+    rank: Positive | None = Field(None, description="lowrank: values stored per row")
+    energy: float | None = Field(None, gt=0, le=1, description="lowrank: share of the squared norm to keep (0.99)")
+    drop_layers: str = Field("", pattern=r"^([0-9]+(,[0-9]+)*)?$", description="layers without rows, as 3,5")
     force: bool = Field(False, description="replace a table that is already there")
     json_output: bool = Field(False, description="print what was built as JSON")
 

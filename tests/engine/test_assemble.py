@@ -16,11 +16,12 @@ from engine.test_engine import prompt_of
 from tiny import tiny_config
 from tolserve.engine.assemble import SettingsError, assemble, find_table
 from tolserve.engine.config import EngineSettings
-from tolserve.model.build import build_table, export
+from tolserve.model.build import BuildOptions, build_table, export
 from tolserve.model.checkpoint import WEIGHTS, is_memory_tensor, read_fingerprint
 from tolserve.model.config import ModelConfig
+from tolserve.tol.encoding import EncodingError, values_of
 from tolserve.tol.frequencies import FrequencyError, write_frequencies
-from tolserve.tol.table import TableError
+from tolserve.tol.table import Table, TableError
 from tolserve.tol.writer import TableWriter
 
 
@@ -62,17 +63,6 @@ def test_a_table_is_built_once_into_a_private_folder(model_dir: Path, cache: Pat
     assert found(model_dir, cache) == table
     assert state(table) == before
     assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == [table.name]
-
-
-def test_what_an_interrupted_build_left_is_removed(model_dir: Path, cache: Path) -> None:
-    name = f"{read_fingerprint(model_dir)}-bf16"
-    left, other = cache / f".{name}.0123abcd.tmp", cache / ".another-bf16.0123abcd.tmp"
-    for folder in (left, other):
-        folder.mkdir(parents=True)
-        (folder / "records-00001-of-00001.safetensors").touch()
-    assert found(model_dir, cache) == cache / name
-    assert not left.exists()
-    assert other.exists()
 
 
 def test_a_table_that_another_process_builds_is_waited_for(model_dir: Path, cache: Path, tmp_path: Path) -> None:
@@ -131,10 +121,33 @@ def test_a_table_of_another_encoding_is_refused(model_dir: Path, cache: Path) ->
         found(model_dir, cache, tol_encoding="int8")
 
 
-def test_no_other_encoding_is_built(model_dir: Path, cache: Path) -> None:
-    with pytest.raises(TableError, match="int8"):
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_another_encoding_is_built_once_beside_the_first(
+    model_dir_of: Callable[[ModelConfig], Path], cache: Path, name: str
+) -> None:
+    model_dir = model_dir_of(tiny_config(hidden_size=64))
+    plain, table = found(model_dir, cache), found(model_dir, cache, tol_encoding=name)
+    assert (plain.name, table.name) == tuple(f"{read_fingerprint(model_dir)}-{each}" for each in ("bf16", name))
+    assert Table.open(table).manifest.encoding.name == name
+    before = state(table)
+    assert found(model_dir, cache, tol_encoding=name) == table
+    assert state(table) == before
+
+
+@pytest.mark.parametrize("name", ["lowrank", "lowrank-int8", "lowrank-int4"])
+def test_a_lowrank_table_is_selected_and_never_built_unasked(model_dir: Path, cache: Path, name: str) -> None:
+    with pytest.raises(TableError, match=f"--tol-encoding {name}.*tolserve table build"):
+        found(model_dir, cache, tol_encoding=name)
+    assert not list(cache.glob("*"))
+    values, _ = values_of(name)
+    build_table(model_dir, model_dir / "tol", BuildOptions(values, group_size=8 if values != "bf16" else None, rank=8))
+    assert found(model_dir, cache, tol_encoding=name) == model_dir / "tol"
+
+
+def test_a_width_that_no_scale_divides_is_an_error_that_says_so(model_dir: Path, cache: Path) -> None:
+    with pytest.raises(EncodingError, match="row of 32 values is no multiple of the group size 64.*--group-size"):
         found(model_dir, cache, tol_encoding="int8")
-    assert not list(cache.glob("*")), "a table was built, and under a wrong name"
+    assert not [path for path in cache.glob("*") if path.suffix != ".lock"]
 
 
 def test_an_exported_model_gives_the_same_answers(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reference import Reference, weights_of
 from tiny import tiny_config
-from tolserve.model.build import TOKENS_PER_BATCH, build_table, export, stamp
+from tolserve.model.build import build_table, export, stamp
 from tolserve.model.checkpoint import (
     FINGERPRINT_KEY,
     WEIGHTS,
@@ -24,6 +24,7 @@ from tolserve.model.checkpoint import (
     read_fingerprint,
 )
 from tolserve.model.config import ModelConfig
+from tolserve.model.networks import TOKENS_PER_BATCH
 from tolserve.tol.table import Table, TableError, verify
 
 SEVERAL_BATCHES = 2 * TOKENS_PER_BATCH + 77
@@ -83,21 +84,22 @@ def test_a_model_without_ffns_to_run_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_build_that_is_cut_off_leaves_nothing(
-    tiny_model_dir: Path, tmp_path: Path, error: type[BaseException]
+@pytest.mark.parametrize(("error", "seen"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError, TableError)])
+def test_a_build_that_is_cut_off_leaves_no_table_and_the_old_one(
+    tiny_model_dir: Path, tmp_path: Path, error: type[BaseException], seen: type[BaseException]
 ) -> None:
     def stop(done: int, total: int) -> None:
         raise error
 
-    with pytest.raises(error):
+    with pytest.raises(seen):
         build_table(tiny_model_dir, tmp_path / "tol", progress=stop)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".tol.partial"]
     build_table(tiny_model_dir, tmp_path / "tol")
-    before = files_in(tmp_path)
-    with pytest.raises(error):
+    assert [path.name for path in tmp_path.iterdir()] == ["tol"]
+    before = files_in(tmp_path / "tol")
+    with pytest.raises(seen):
         build_table(tiny_model_dir, tmp_path / "tol", force=True, progress=stop)
-    assert files_in(tmp_path) == before, "the old table is still there, alone and whole"
+    assert files_in(tmp_path / "tol") == before, "the old table is still there and whole"
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -3,7 +3,6 @@
 import fcntl
 import logging
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,10 +14,10 @@ from tolserve.engine.kv import KVCache
 from tolserve.engine.runner import Runner
 from tolserve.engine.scheduler import Scheduler
 from tolserve.metrics import Metrics
-from tolserve.model.build import build_table
+from tolserve.model.build import BuildOptions, build_table
 from tolserve.model.checkpoint import Checkpoint, load_transformer, read_fingerprint
 from tolserve.model.config import ModelConfig
-from tolserve.tol.encoding import BF16
+from tolserve.tol.encoding import values_of
 from tolserve.tol.frequencies import most_frequent, read_frequencies
 from tolserve.tol.pager import Pager
 from tolserve.tol.policy import NEED_FREQUENCIES
@@ -152,28 +151,29 @@ def find_table(settings: EngineSettings, model_dir: Path, config: ModelConfig) -
         return _checked(Table.open(beside), fingerprint, settings, config)
     cached = Path(settings.cache_dir) / f"{fingerprint}-{settings.tol_encoding}"
     if not cached.exists():
-        if settings.tol_encoding != BF16.name:
-            raise TableError(f"--tol-encoding {settings.tol_encoding}: tables are built as {BF16.name} alone")
+        values, lowrank = values_of(settings.tol_encoding)
+        if lowrank:
+            raise TableError(
+                f"--tol-encoding {settings.tol_encoding}: there is no such table yet, and its rank is yours to choose; "
+                f"run `tolserve table build {model_dir} --rank N` first, or with --energy"
+            )
         if not Checkpoint(model_dir).has_memory_weights():
             raise TableError(
                 f"{model_dir} has neither a table under {beside} nor memory tensors to build one from; give --table"
             )
-        _build(model_dir, cached)
+        _build(model_dir, cached, BuildOptions(values))
     return _checked(Table.open(cached), fingerprint, settings, config)
 
 
-def _build(model_dir: Path, path: Path) -> None:
-    """Build a table into the cache folder, one process at a time; what an interrupted one left there goes."""
+def _build(model_dir: Path, path: Path, options: BuildOptions) -> None:
+    """Build a table into the cache folder, one process at a time; others wait for it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (path.parent / f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the process ends, however it ends
         if path.exists():
             return
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
-            log.info("removing %s, which an interrupted build left", left)
-            shutil.rmtree(left)
         log.info("building the table once, into %s", path)
-        build_table(model_dir, path)
+        build_table(model_dir, path, options)
 
 
 def _checked(table: Table, fingerprint: str, settings: EngineSettings, config: ModelConfig) -> Table:
@@ -185,7 +185,8 @@ def _checked(table: Table, fingerprint: str, settings: EngineSettings, config: M
         )
     if manifest.encoding.name != settings.tol_encoding:
         raise TableError(
-            f"{table.path} is encoded as {manifest.encoding.name}, not --tol-encoding {settings.tol_encoding}"
+            f"{table.path} is encoded as {manifest.encoding.name}, not --tol-encoding {settings.tol_encoding}; give "
+            "--tol-encoding its name, or --table another one"
         )
     shape = (manifest.vocab_size, manifest.num_layers, manifest.hidden_size)
     if shape != (config.vocab_size, config.num_hidden_layers, config.hidden_size):

@@ -88,7 +88,9 @@ def is_memory_tensor(name: str) -> bool:
     return ".memory." in name or ".memory_layernorm." in name
 
 
-def _check_names(wanted: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, skip_memory: bool) -> None:
+def check_names(wanted: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, skip_memory: bool) -> None:
+    """Raises CheckpointError unless the checkpoint holds exactly these tensors, memory tensors aside if they are to be
+    skipped."""
     found = {name for name in checkpoint.names() if not (skip_memory and is_memory_tensor(name))}
     if missing := sorted(wanted.keys() - found):
         raise CheckpointError(f"{checkpoint.model_dir} lacks {len(missing)} tensor(s), first {missing[0]!r}")
@@ -118,7 +120,7 @@ def load_transformer(
     with torch.device("meta"):
         model = Transformer(config, with_memory)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _check_names(wanted, checkpoint, skip_memory=config.has_memory and not with_memory)
+    check_names(wanted, checkpoint, skip_memory=config.has_memory and not with_memory)
     state = {name: checkpoint.read(name).to(device=device, dtype=dtype, copy=True) for name in wanted}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -78,7 +78,8 @@ class Encoding:
         group = self.group_size or 1
         if uneven := [width for width in widths if width % group]:
             raise EncodingError(
-                f"a row of {uneven[0]} values is no multiple of the group size {group}; give one that divides it"
+                f"a row of {uneven[0]} values is no multiple of the group size {group}; give a "
+                "--group-size that divides it"
             )
         return widths
 

@@ -78,8 +78,10 @@ class PartialFolder:
         return factors if wanted else None
 
     def close(self) -> None:
-        """Let go of the folder and leave it as it is. A second time does nothing."""
+        """Let go of the folder and leave it as it is, unless it is empty. A second time does nothing."""
         if self._fd >= 0:
+            with suppress(OSError):
+                self.path.rmdir()
             os.close(self._fd)
             self._fd = -1
 
@@ -139,7 +141,7 @@ class TableWriter:
         of the same manifest whose checksums are right, in whole batches of `batch` records.
         Raises TableError for a shape that no table can have, and as PartialFolder does.
         """
-        self._manifest = lay_out(
+        self.manifest = lay_out(
             vocab_size=vocab_size,
             num_layers=num_layers,
             hidden_size=hidden_size,
@@ -152,7 +154,7 @@ class TableWriter:
         self.written = 0
         self._unsynced = 0
         self._file: BinaryIO | None = None
-        self._checksums = np.zeros((vocab_size, len(self._manifest.groups)), "<u4")
+        self._checksums = np.zeros((vocab_size, len(self.manifest.groups)), "<u4")
         self._partial = partial if partial is not None else PartialFolder(path)
         try:
             if partial is not None and self._is_continued():
@@ -175,21 +177,21 @@ class TableWriter:
         try:
             size = len(self._checksum_header()) + self._checksums.nbytes
             whole = (folder / CHECKSUMS).stat().st_size == size
-            return whole and (folder / COMING).read_bytes() == self._manifest.to_json().encode()
+            return whole and (folder / COMING).read_bytes() == self.manifest.to_json().encode()
         except FileNotFoundError:
             return False
 
     def _checksum_header(self) -> bytes:
-        return header("checksums", "U32", self._checksums.shape, file_metadata(self._manifest.fingerprint, 0))
+        return header("checksums", "U32", self._checksums.shape, file_metadata(self.manifest.fingerprint, 0))
 
     def _start_over(self, factors: Factors | None) -> None:
         self._partial.clear()
         folder = self._partial.path
         if factors is not None:
-            start = header("factors", "BF16", factors.values.shape, factors.metadata(self._manifest.fingerprint))
+            start = header("factors", "BF16", factors.values.shape, factors.metadata(self.manifest.fingerprint))
             _write_synced(folder / FACTORS, start + factors.values.tobytes())
         _write_synced(folder / CHECKSUMS, self._checksum_header() + self._checksums.tobytes())
-        _write_synced(folder / COMING, self._manifest.to_json().encode())
+        _write_synced(folder / COMING, self.manifest.to_json().encode())
         _sync_folder(folder)
 
     def _keep(self, batch: int) -> None:
@@ -197,20 +199,20 @@ class TableWriter:
         file = self._partial.path / CHECKSUMS
         stored = np.fromfile(file, "<u4", offset=len(self._checksum_header()))
         self._checksums[:] = stored.reshape(self._checksums.shape)
-        table = Table(self._partial.path, self._manifest, self._checksums)
+        table = Table(self._partial.path, self.manifest, self._checksums)
         right = 0
         with suppress(RecordError, FileNotFoundError):
-            for shard in self._manifest.shards:
+            for shard in self.manifest.shards:
                 with (table.path / shard.file).open("rb", buffering=0) as records:
                     for token in range(shard.first_token, shard.first_token + shard.tokens):
                         table.read_from(records, token)
                         right += 1
-        self.written = right if right == self._manifest.vocab_size else right // batch * batch
+        self.written = right if right == self.manifest.vocab_size else right // batch * batch
 
     def write(self, records: Bytes) -> None:
         """Append records uint8 [n, record_bytes]. Raises TableError for another shape or more than vocab_size, OSError
         when the disk does not take them."""
-        manifest = self._manifest
+        manifest = self.manifest
         if records.dtype != np.uint8 or records.ndim != 2 or records.shape[1] != manifest.record_bytes:
             raise TableError(
                 f"records are {records.dtype} {records.shape}; expected uint8 [n, {manifest.record_bytes}]"
@@ -232,7 +234,7 @@ class TableWriter:
         """Note the checksums of the records written last, here and behind them on disk."""
         end = self.written + len(part)
         for token, record in enumerate(part, self.written):
-            for index, group in enumerate(self._manifest.groups):
+            for index, group in enumerate(self.manifest.groups):
                 payload = record[group.offset : group.offset + group.bytes]
                 self._checksums[token, index] = zlib.crc32(payload.data, token)
         with (self._partial.path / CHECKSUMS).open("r+b") as file:
@@ -242,7 +244,7 @@ class TableWriter:
 
     def _shard_file(self) -> tuple[Shard, BinaryIO]:
         """Where the next record goes, and the open file, at that place."""
-        shards = self._manifest.shards
+        shards = self.manifest.shards
         shard = next(shard for shard in reversed(shards) if shard.first_token <= self.written)
         if self._file is None or self.written == shard.first_token:
             self._sync()
@@ -250,8 +252,8 @@ class TableWriter:
             path = self._partial.path / shard.file
             path.touch()
             self._file = path.open("r+b")
-            self._file.write(_shard_header(self._manifest, shard))
-            self._file.truncate(shard.data_start + (self.written - shard.first_token) * self._manifest.record_stride)
+            self._file.write(_shard_header(self.manifest, shard))
+            self._file.truncate(shard.data_start + (self.written - shard.first_token) * self.manifest.record_stride)
             self._file.seek(0, os.SEEK_END)
         return shard, self._file
 
@@ -269,8 +271,8 @@ class TableWriter:
     def finish(self) -> Manifest:
         """Sync everything and put the table in place. Raises TableError when records are missing; then `abort` or
         `close` is still due."""
-        if self.written != self._manifest.vocab_size:
-            raise TableError(f"{self.written} of {self._manifest.vocab_size} records were written")
+        if self.written != self.manifest.vocab_size:
+            raise TableError(f"{self.written} of {self.manifest.vocab_size} records were written")
         self._close_file()
         folder = self._partial.path
         for path in folder.iterdir():
@@ -278,7 +280,7 @@ class TableWriter:
                 os.fsync(file.fileno())
         os.rename(folder / COMING, folder / MANIFEST)
         self._partial.put_in_place()
-        return self._manifest
+        return self.manifest
 
     def close(self) -> None:
         """Stop, and leave what was written for a writer that goes on. Does nothing after `finish`."""
