@@ -85,7 +85,7 @@ def good() -> dict[str, Any]:
         ("offset", 15),
         ("offset", -2),
         ("values", "int3"),
-        ("group size", 8),
+        ("group_size", 8),
         ("offset", 0x7FFFFFFF),
         ("residual", torch.zeros(2, 8)),
         ("residual", torch.zeros(3, 8, dtype=torch.int64)),
@@ -93,7 +93,7 @@ def good() -> dict[str, Any]:
 )
 def test_what_does_not_fit_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
-        gather_rows(**good() | {name.replace(" ", "_"): value})
+        gather_rows(**good() | {name: value})
 
 
 def test_a_slot_out_of_range_is_an_error_in_the_twin() -> None:
