@@ -50,7 +50,7 @@ def _records(manifest: Manifest) -> Iterator[Bytes]:
     """All records in order, uint8 [n, record_bytes] at a time."""
     size = manifest.record_bytes
     rng = np.random.default_rng(1)
-    if manifest.encoding_name == "bf16":
+    if manifest.encoding.name == "bf16":
         step = 2
         values = rng.standard_normal(size // 2 + WINDOWS, np.float32) * np.float32(0.02)
         noise = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
