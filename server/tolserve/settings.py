@@ -49,6 +49,8 @@ CacheSize = Annotated[
 CacheSlots = Annotated[str, _written_as(rf"[0-9]+|{_NUMBER}%", "records (12826) or a share of the table (10%)")]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+# Each takes two buffers of a record in RAM.
+ReadDepth = Annotated[int, Field(ge=1, le=256)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -160,6 +162,7 @@ class EngineOptions(Options):
     tol_frequencies: Path | None = Field(None, description="token counts to preload and to pin by (`table freq`)")
     tol_encoding: EncodingName = Field("bf16", description="encoding of the table to open, or to build (not lowrank)")
     tol_io: Literal["direct", "buffered"] = Field("direct", description="read past the page cache or through it")
+    tol_read_depth: ReadDepth = Field(32, description="reads at the disk at the same time, at most")
     max_num_seqs: Positive = Field(32, description="sequences in one step at most")
     max_num_batched_tokens: Positive = Field(512, description="tokens in one step at most")
     max_model_len: Positive | None = Field(None, description="tokens of prompt and answer together; the model's limit")

@@ -392,7 +392,7 @@ def test_what_cannot_be_served_is_refused_and_harms_nobody(engine_of: OpenEngine
 
 def test_the_next_chunks_records_are_read_while_a_chunk_runs(engine_of: OpenEngine) -> None:
     """Reads are held back, so the first chunk cannot have run when the second one's are seen to be on their way."""
-    with engine_of(device_cache="64", max_num_batched_tokens=STEP) as engine:
+    with engine_of(device_cache="64", max_num_batched_tokens=STEP, tol_io="buffered") as engine:
         assert engine.pager is not None
         table = HeldTable(engine.pager.table)
         engine.pager.disk._table = table

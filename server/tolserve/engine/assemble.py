@@ -126,9 +126,11 @@ def _pager(
         policy=settings.tol_policy,
         frequent=frequent,
         io=settings.tol_io,
+        read_depth=settings.tol_read_depth,
         metrics=metrics,
     )
     log.info("table %s: room for %d of %d records in the device tier", table.path, pager.slots, manifest.vocab_size)
+    log.info("disk: %s", pager.disk.describe())
     if device_slots >= manifest.vocab_size:
         log.info("filling the device tier")
         pager.preload()

@@ -19,6 +19,7 @@ class EngineSettings:
     tol_frequencies: str | None = None
     tol_encoding: str = "bf16"
     tol_io: str = "direct"
+    tol_read_depth: int = 32
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
