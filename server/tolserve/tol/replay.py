@@ -1,7 +1,7 @@
 """A recorded trace through a policy, beside LRU and the optimum: what a cache of a given size would have hit."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +52,14 @@ class Trace:
         parts = [self.tokens[self.offsets[d] : self.offsets[d + 1]] for d in chosen]
         return Trace(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), self.vocab_size)
 
+    def sample(self, tokens: int) -> "Trace":
+        """At most `tokens` of it: documents at even distances, since a trace may be sorted by source; the last is cut."""
+        every = -(-len(self.tokens) // tokens)
+        if every == 1:
+            return self
+        chosen = self.documents(range(0, len(self.offsets) - 1, every))
+        return Trace(chosen.tokens[:tokens], np.minimum(chosen.offsets, tokens), self.vocab_size)
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -67,6 +75,11 @@ class Steps:
 
     def __len__(self) -> int:
         return len(self.distinct)
+
+    @property
+    def lookups(self) -> int:
+        """In the measured steps."""
+        return sum(map(len, self.distinct[self.warmup :]))
 
     @property
     def widest(self) -> int:
@@ -104,30 +117,68 @@ def _check(steps: Steps, slots: int) -> None:
         raise TraceError(f"{slots} slots do not hold the {steps.widest} records of the widest step; give more")
 
 
-def hit_rate(steps: Steps, slots: int, policy: Policy, progress: Progress | None = None) -> float:
-    """Hits per lookup in the second half of the steps. A lookup is a distinct token of a step.
+@dataclass
+class HostTier:
+    """The tier below, as tol/host.py keeps it: inclusive, and its policy sees only what the device tier misses."""
 
-    The policy is called as the pager calls it. All of a step's tokens are in use until it ends. Raises TraceError if
-    a step needs more slots than there are.
+    slots: int
+    policy: Policy
+    resident: set[int] = field(default_factory=set)
+
+    def hit(self, token: int, reading: set[int]) -> bool:
+        """Whether a record that the device tier misses is here; if not, it comes in unless all slots are in `reading`,
+        the step's reads so far."""
+        if token in self.resident:
+            self.policy.touch(token)
+            return True
+        if len(self.resident) == self.slots:
+            victim = self.policy.victim(lambda key: key not in reading)
+            if victim is None:
+                return False
+            self.policy.remove(victim)
+            self.resident.remove(victim)
+        self.policy.insert(token)
+        self.resident.add(token)
+        reading.add(token)
+        return False
+
+
+def hit_rate(steps: Steps, slots: int, policy: Policy, progress: Progress | None = None) -> float:
+    """Hits per lookup in the second half of the steps. A lookup is a distinct token of a step. Raises as `misses`."""
+    lookups = steps.lookups
+    return (lookups - int(misses(steps, slots, policy, progress=progress).sum())) / lookups
+
+
+def misses(
+    steps: Steps, slots: int, policy: Policy, host: HostTier | None = None, progress: Progress | None = None
+) -> Ints:
+    """Misses of each step of the second half, int64 [steps, 2]: served by the host tier, and read from disk.
+
+    The policies are called as the pager calls them. All of a step's tokens are in use until it ends. Raises TraceError
+    if a step needs more slots than there are.
     """
     _check(steps, slots)
+    below = host if host is not None else HostTier(0, LRU())
     resident: set[int] = set()
-    hits = lookups = 0
+    counts = np.zeros((len(steps) - steps.warmup, 2), np.int64)
     for step, wanted in enumerate(steps.distinct):
         for at in range(steps.bounds[step], steps.bounds[step + 1]):
             policy.advance(steps.documents[at], (steps.tokens[at],))
+            below.policy.advance(steps.documents[at], (steps.tokens[at],))
         missing = _use(policy, resident, wanted, slots)
+        reading: set[int] = set()
+        from_host = sum(below.hit(token, reading) for token in missing)
         if step >= steps.warmup:
-            lookups += len(wanted)
-            hits += len(wanted) - missing
+            counts[step - steps.warmup] = from_host, len(missing) - from_host
         for document in steps.ends.get(step, ()):
             policy.end(document)
+            below.policy.end(document)
         if progress is not None and step % 4096 == 0:
             progress(step, len(steps))
-    return hits / lookups
+    return counts
 
 
-def _use(policy: Policy, resident: set[int], wanted: list[int], slots: int) -> int:
+def _use(policy: Policy, resident: set[int], wanted: list[int], slots: int) -> list[int]:
     """One step; returns its misses."""
     in_use = set(wanted)
     missing = []
@@ -146,7 +197,7 @@ def _use(policy: Policy, resident: set[int], wanted: list[int], slots: int) -> i
         policy.insert(token)
         policy.touch(token)
         resident.add(token)
-    return len(missing)
+    return missing
 
 
 def oracle_hit_rate(steps: Steps, slots: int) -> float:
