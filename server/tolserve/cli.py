@@ -27,6 +27,7 @@ from tolserve.settings import (
     TableExportSettings,
     TableFreqSettings,
     TableInspectSettings,
+    TablePlanSettings,
     TableReplaySettings,
     TableVerifySettings,
     TrainSettings,
@@ -209,6 +210,56 @@ def table_replay(settings: TableReplaySettings) -> None:
         print(render(figures, trace.vocab_size))
 
 
+def table_plan(settings: TablePlanSettings) -> None:
+    from tolserve.engine.config import EngineSettings
+    from tolserve.engine.footprint import footprint, ready_table
+    from tolserve.model.config import ModelConfig
+    from tolserve.tol.plan import BASE_NOTE, Memory, Plan, TableShape, render
+
+    config = ModelConfig.load(settings.model)
+    shared = set(EngineSettings.__dataclass_fields__) - {"device_cache"}
+    engine = EngineSettings(**settings.model_dump(mode="json", include=shared))
+    held = vars(footprint(engine, config))
+    shown = ("ffn_variant", "num_hidden_layers", "hidden_size", "vocab_size")
+    model = {"path": str(settings.model)} | {name: getattr(config, name) for name in shown}
+    if config.has_memory:
+        table = ready_table(engine, settings.model, config, settings.encoding)
+        if table is not None:
+            shape = TableShape.of(table)
+        else:
+            shape = TableShape.to_be_built(settings.encoding or "bf16", **{name: model[name] for name in shown[1:]})
+        memory = Memory(**held, host_cache=shape.slots(settings.host_cache) * shape.record_bytes)
+        plan = _plan_tiers(settings, config, Plan(model, memory, shape), table)
+    else:
+        if given := settings.model_fields_set & {"trace", "frequencies", "table", "device_cache", "host_cache"}:
+            raise OptionError(f"{settings.flag(min(given))}: a base model has no table")
+        plan = Plan(model, Memory(**held), notes=[BASE_NOTE])
+    print(json.dumps(plan.to_json(), indent=2) if settings.json_output else render(plan))
+
+
+def _plan_tiers(settings: TablePlanSettings, config: Any, plan: Any, table: Any) -> Any:
+    """The plan with the disk's speed, and what each device cache size would do."""
+    from tolserve.tol.estimate import FromCounts, FromTrace
+    from tolserve.tol.frequencies import read_frequencies
+    from tolserve.tol.plan import add_tiers, cache_sizes, measure_disk
+    from tolserve.tol.replay import Trace
+
+    shape = plan.table
+    ffn_bytes = 3 * 2 * config.num_hidden_layers * config.hidden_size * config.intermediate_size  # in bf16
+    slots = cache_sizes(shape, ffn_bytes, settings.device_cache)
+    host_slots = shape.slots(settings.host_cache)
+    counts = None
+    if settings.frequencies is not None:
+        counts = read_frequencies(settings.frequencies, shape.vocab_size)
+    estimate: FromTrace | FromCounts = FromCounts(counts, shape.vocab_size, settings.policy, host_slots)
+    if settings.trace is not None:
+        trace = Trace.load(settings.trace)
+        estimate = FromTrace(trace, shape.vocab_size, settings.policy, host_slots, counts)
+    disk = measure_disk(table) if table is not None else None
+    with _Bar("planning", "size") as bar:
+        return add_tiers(plan, slots, settings.sequences, settings.step_ms, disk, estimate, bar)
+
+
 def study_params(settings: StudyParamsSettings) -> None:
     from tolserve.study.params import render, report
 
@@ -244,6 +295,7 @@ COMMANDS = {
     ("table", "inspect"): Command(TableInspectSettings, table_inspect),
     ("table", "export"): Command(TableExportSettings, table_export),
     ("table", "freq"): Command(TableFreqSettings, table_freq),
+    ("table", "plan"): Command(TablePlanSettings, table_plan),
     ("table", "replay"): Command(TableReplaySettings, table_replay),
     ("study", "params"): Command(StudyParamsSettings, study_params),
 }

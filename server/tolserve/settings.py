@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
     CliSettingsSource,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -48,6 +49,18 @@ CacheSize = Annotated[
 ]
 CacheSlots = Annotated[str, _written_as(rf"[0-9]+|{_NUMBER}%", "records (12826) or a share of the table (10%)")]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _split(given: object) -> object:
+    """`1,32` is a list in every source, so that an option of `serve` in the environment is one for `plan` as well."""
+    parts = given if isinstance(given, list | tuple) else [given]
+    return [word for part in parts for word in (part.split(",") if isinstance(part, str) else [part])]
+
+
+CacheSizes = Annotated[tuple[CacheSize, ...], NoDecode, BeforeValidator(_split)]
+SequenceCounts = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=4096)], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
+]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # Each takes two buffers of a record in RAM.
 ReadDepth = Annotated[int, Field(ge=1, le=256)]
@@ -318,6 +331,33 @@ class TableReplaySettings(Options):
         None, description="list for policies that pin; the trace's first half if not given"
     )
     json_output: bool = Field(False, description="print the figures as JSON")
+
+
+class TablePlanSettings(Options):
+    """Say before a start what it costs and brings: bytes, hit rate, reads and stall."""
+
+    model: CliPositionalArg[Path] = Field(DEMO_MODEL, description="model directory; the bundled one if not given")
+    trace: Path | None = Field(None, description="trace that the policy is replayed on, as for `table replay`")
+    frequencies: Path | None = Field(None, description="token counts (`table freq`) to estimate from and to pin by")
+    table: Path | None = Field(None, description="table directory; else MODEL/tol, else in --cache-dir")
+    device_cache: CacheSizes = Field((), description="device cache sizes beside the usual ones, as 2GiB,15%")
+    host_cache: CacheSize = Field("0", description="records in host memory: a count, bytes (2GiB) or share (10%)")
+    sequences: SequenceCounts = Field((1, 32), description="sequences in a step, one or several, as 1,32")
+    step_ms: PositiveFloat | None = Field(None, description="a step without stall; a GPU's if not given: 1 to 2 ms")
+    policy: PolicyName = Field("lru", description="which record leaves a full cache")
+    encoding: str | None = Field(None, description="encoding of the table; that of the table there is, else bf16")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
+    max_num_seqs: Positive = Field(32, description="as of `serve`; sizes the keys and values, as the next two")
+    max_model_len: Positive | None = Field(None, description="tokens of prompt and answer together; the model's limit")
+    kv_cache: Bytes = Field("auto", description="memory for keys and values, bytes with a unit (1GiB)")
+    cache_dir: Path = Field(default_factory=_default_cache_dir, description="private folder for tables built here")
+    json_output: bool = Field(False, description="print the plan as JSON")
+
+    @model_validator(mode="after")
+    def _check_list(self) -> Self:
+        if self.policy in ("static", "half-pinned") and self.trace is None and self.frequencies is None:
+            raise ValueError(f"--policy {self.policy} needs --frequencies (`tolserve table freq`) or --trace")
+        return self
 
 
 class StudyParamsSettings(Options):

@@ -44,13 +44,13 @@ def assemble(settings: EngineSettings) -> Engine:
     """
     model_dir = Path(settings.model)
     config = ModelConfig.load(model_dir)
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, device)
-    max_len = _max_model_len(settings, config)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    max_len = longest_context(settings, config)
     metrics = Metrics()
     pager = _pager(settings, model_dir, config, device, metrics)
     model = load_transformer(model_dir, with_memory=False, dtype=dtype, device=device)
-    blocks = _kv_blocks(settings, config, dtype, max_len)
+    blocks = kv_blocks(settings, config, dtype, max_len)
     kv = KVCache(config, blocks=blocks, block_size=BLOCK_SIZE, max_len=max_len, dtype=dtype, device=device)
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE),
@@ -61,7 +61,8 @@ def assemble(settings: EngineSettings) -> Engine:
     return Engine(Runner(model, kv, pager), scheduler, metrics, max_model_len=max_len, max_queue=settings.max_queue)
 
 
-def _device(name: str) -> str:
+def choose_device(name: str) -> str:
+    """What "auto" is here. Raises SettingsError for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -69,7 +70,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _dtype(name: str, device: str) -> torch.dtype:
+def choose_dtype(name: str, device: str) -> torch.dtype:
     """float32 on the CPU, whose float32 matrix-vector products use the memory bandwidth best (0.88 of it against 0.50
     for bfloat16 at [6144 x 2048]) and whose results are the most exact; bfloat16 on CUDA."""
     if name == "auto":
@@ -77,7 +78,8 @@ def _dtype(name: str, device: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _max_model_len(settings: EngineSettings, config: ModelConfig) -> int:
+def longest_context(settings: EngineSettings, config: ModelConfig) -> int:
+    """Tokens of prompt and answer. Raises SettingsError for more than the model has positions."""
     limit = config.max_position_embeddings
     asked = settings.max_model_len or limit
     if asked > limit:
@@ -85,7 +87,8 @@ def _max_model_len(settings: EngineSettings, config: ModelConfig) -> int:
     return asked
 
 
-def _kv_blocks(settings: EngineSettings, config: ModelConfig, dtype: torch.dtype, max_len: int) -> int:
+def kv_blocks(settings: EngineSettings, config: ModelConfig, dtype: torch.dtype, max_len: int) -> int:
+    """Blocks of keys and values that are allocated. Raises SettingsError if not one sequence fits."""
     per_block = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
     least = -(-max_len // BLOCK_SIZE)
     if settings.kv_cache == "auto":

@@ -53,7 +53,7 @@ class Trace:
         return Trace(np.concatenate(parts), np.cumsum([0, *map(len, parts)]), self.vocab_size)
 
     def sample(self, tokens: int) -> "Trace":
-        """At most `tokens` of it: documents at even distances, since a trace may be sorted by source; the last is cut."""
+        """At most `tokens` of it: documents at even distances, as a trace may be sorted by source; the last is cut."""
         every = -(-len(self.tokens) // tokens)
         if every == 1:
             return self

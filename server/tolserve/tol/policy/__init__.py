@@ -22,6 +22,9 @@ def _half(slots: int) -> int:
     return slots // 2
 
 
+_PINNED = {"static": _all_but_passing, "half-pinned": _half}
+
+
 def make_policy(name: str, slots: int, frequent: Sequence[int] | None = None) -> Policy:
     """A policy for a tier of `slots`. `frequent` are distinct keys, the most frequent first.
 
@@ -37,5 +40,10 @@ def make_policy(name: str, slots: int, frequent: Sequence[int] | None = None) ->
         case "static" | "half-pinned":
             if frequent is None:
                 raise ValueError(f"the replacement policy {name!r} needs a frequency list")
-            return Pinned(frequent, _half if name == "half-pinned" else _all_but_passing, slots)
+            return Pinned(frequent, _PINNED[name], slots)
     raise ValueError(f"unknown replacement policy {name!r}; known: {', '.join(POLICIES)}")
+
+
+def pinned_slots(name: str, slots: int) -> int:
+    """How many of the most frequent keys a policy pins in a tier of `slots`."""
+    return _PINNED[name](slots) if name in _PINNED else 0

@@ -1,0 +1,66 @@
+"""What an engine would hold, told before there is one: from config.json and headers, with no weights loaded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tolserve.engine.assemble import BLOCK_SIZE, choose_device, choose_dtype, find_table, kv_blocks, longest_context
+from tolserve.engine.config import EngineSettings
+from tolserve.engine.kv import KVCache
+from tolserve.model.checkpoint import WEIGHTS, Checkpoint, read_fingerprint
+from tolserve.model.config import ModelConfig
+from tolserve.model.transformer import Transformer
+from tolserve.tol.encoding import BF16
+from tolserve.tol.manifest import Manifest
+from tolserve.tol.table import Table, TableError
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that `assemble` allocates beside the table's tiers; weights and keys and values are in `dtype`."""
+
+    dtype: str
+    layers: int  # attention, norms, and the FFNs of a base or flex model
+    embedding: int  # and the output head, where it is not tied
+    kv: int
+    kv_tokens: int
+
+
+def footprint(settings: EngineSettings, config: ModelConfig) -> Footprint:
+    """Raises SettingsError for settings that do not fit the model or the machine."""
+    dtype = choose_dtype(settings.dtype, choose_device(settings.device))
+    with torch.device("meta"):
+        model = Transformer(config, with_memory=False)
+    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in model.named_parameters()}
+    embedding = sum(size for name, size in sizes.items() if "embed_tokens" in name or name.startswith("lm_head"))
+    blocks = kv_blocks(settings, config, dtype, longest_context(settings, config))
+    return Footprint(
+        dtype=str(dtype).removeprefix("torch."),
+        layers=sum(sizes.values()) - embedding,
+        embedding=embedding,
+        kv=blocks * KVCache.bytes_per_block(config, BLOCK_SIZE, dtype),
+        kv_tokens=blocks * BLOCK_SIZE,
+    )
+
+
+def ready_table(settings: EngineSettings, model_dir: Path, config: ModelConfig, encoding: str | None) -> Table | None:
+    """The table that a start would open, of `encoding` or whichever is there; None where it is still to be built.
+
+    A folder with config.json alone is planned for as well. Raises TableError for a table that does not belong to the
+    model, for a given one of another encoding, and where there is neither a table nor what one is built from.
+    """
+    has_weights = any((model_dir / name).exists() for name in (WEIGHTS, WEIGHTS + ".index.json"))
+    path = Path(settings.table) if settings.table is not None else model_dir / "tol"
+    if settings.table is None and not path.exists():
+        if not has_weights:
+            return None
+        path = Path(settings.cache_dir) / f"{read_fingerprint(model_dir)}-{encoding or BF16.name}"
+        if not path.exists():
+            if not Checkpoint(model_dir).has_memory_weights():
+                raise TableError(f"{model_dir} has neither a table nor memory tensors to build one from; give --table")
+            return None
+    found = Manifest.load(path).encoding.name
+    if settings.table is None and encoding not in (None, found):
+        return None
+    return find_table(replace(settings, table=str(path), tol_encoding=encoding or found), model_dir, config)
