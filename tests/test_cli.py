@@ -1,6 +1,7 @@
 """The command line from outside: what it prints, where, and its exit status."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer
 from tolserve import __version__
 from tolserve.cli import COMMANDS, main
 from tolserve.settings import DEMO_MODEL
-from tolserve.tol.frequencies import read_frequencies
+from tolserve.tol.frequencies import read_frequencies, write_frequencies
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +128,45 @@ def test_the_curve_has_a_line_for_each_size(tmp_path: Path, capsys: pytest.Captu
     assert main(["table", "replay", "--trace", str(trace), "--sequences", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["slots", "2", "10", "20", "40"]
+
+
+def test_a_plan_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, other = tmp_path / "trace.npz", tmp_path / "other.npz"
+    tokens = np.random.default_rng(0).geometric(0.005, 3000) % 8192
+    np.savez(trace, tokens=tokens, offsets=[0, 1000, 2000, 3000], vocab_size=8192)
+    np.savez(other, tokens=[1, 2], offsets=[0, 2], vocab_size=40)
+    counts = tmp_path / "counts.npz"
+    write_frequencies(counts, np.bincount(tokens, minlength=8192))
+    shape = tmp_path / "model"
+    shape.mkdir()
+    shutil.copy2(DEMO_MODEL / "config.json", shape)
+    argv = ["table", "plan", str(shape), "--sequences", "2", "--device-cache", "300,50%", "--json"]
+    rates = {}
+    for source in ([], ["--trace", str(trace)], ["--frequencies", str(counts), "--host-cache", "1000"]):
+        assert main([*argv, *source]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert [row["slots"] for row in plan["rows"]] == [81, 300, 409, 720, 819, 1638, 4096]
+        rates[plan["notes"][0]] = [row["hit_rate"] for row in plan["rows"]]
+        assert rates[plan["notes"][0]] == sorted(rates[plan["notes"][0]])
+        assert {row["host_fills"] > 0 for row in plan["rows"][:3]} == {"--host-cache" in source}
+    assert len(rates) == 3, "each source gives its own rates and says which it is"
+    assert main(["table", "replay", "--trace", str(trace), "--sequences", "2", "--cache", "300", "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)["hit_rate"]
+    assert replayed in [pytest.approx(row[1]) for row in rates.values()]
+    for words, status, message in (
+        (["--trace", str(other)], 1, "vocabulary of 40 tokens, the model has 8,192"),
+        (["--frequencies", str(other)], 1, "no frequency list"),
+        (["--policy", "static"], 2, "--policy static needs --frequencies"),
+        (["--device-cache", "0"], 1, "--device-cache 0"),
+        (["--encoding", "lowrank"], 1, "table build"),
+        (["--encoding", "int3"], 1, "int3"),
+        (["--table", str(tmp_path)], 1, "manifest"),
+    ):
+        assert main([*argv[:3], *words]) == status
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.out == ""
+        assert "Traceback" not in captured.err
 
 
 def test_a_frequency_list_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

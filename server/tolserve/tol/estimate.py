@@ -65,14 +65,14 @@ def independent(weights: Floats, sequences: int, slots: int, policy: str, host_s
     LRU beside the heaviest tokens; for other policies it is the estimate of LRU. The host tier sees what the device
     tier misses: a token again at the earliest when that has dropped it, as in the paper.
     """
-    if slots < sequences:
+    listed = int(np.count_nonzero(weights))
+    if slots < min(sequences, listed):
         return None
     heaviest_first = np.sort(weights)[::-1] / weights.sum()
     asked = _in_a_step(heaviest_first, sequences)
     lookups = float(asked.sum())
     if slots >= len(weights):
         return Demand(lookups, 0.0, 0.0, np.ones(1))
-    listed = int(np.count_nonzero(weights))
     stay = _stay(asked, slots, min(listed, pinned_slots(policy, slots)))
     missed = asked * _gone(asked, stay)
     read = missed

@@ -22,10 +22,14 @@ _OUTSTANDING = 8  # as many as the server reads at once
 # A GPU's step of the 1B shape: 1 ms alone, 2 ms with 32 sequences, taken as a straight line between.
 _STEP_MS, _STEP_MS_PER_SEQUENCE = 1.0, 1 / 31
 _GROUP_SIZE = 64
-_SHARES = ("1%", "5%", "10%", "20%")
+_SHARES = (0.01, 0.05, 0.1, 0.2)
 
 PROCESS_NOTE = "The two processes themselves take about 0.5 GB of RAM more."
 BASE_NOTE = f"A base model has no table and no tiers. {PROCESS_NOTE}"
+
+
+class PlanError(ValueError):
+    """A size that cannot be planned for; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,11 @@ class TableShape:
         return cls(path, encoding, vocab_size, record_bytes, stride, float(pages.mean()) * PAGE, slot_bytes)
 
     def slots(self, size: str) -> int:
-        """Records of a cache size, as the server counts them. Raises ValueError as `parse_cache_size`."""
-        return parse_cache_size(size, self.record_bytes, self.vocab_size)
+        """Records of a cache size, as the server counts them. Raises PlanError for one that cannot be."""
+        try:
+            return parse_cache_size(size, self.record_bytes, self.vocab_size)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -182,10 +189,13 @@ class Plan:
 
 def cache_sizes(shape: TableShape, ffn_bytes: int, given: Sequence[str]) -> list[int]:
     """Slots to plan for, rising: 1, 5, 10 and 20% of the vocabulary, a quarter of the feed-forward networks' own bytes,
-    and those given. Raises ValueError for a given one that cannot be."""
-    quarter = min(ffn_bytes // 4 // shape.record_bytes, shape.vocab_size)
-    slots = {quarter, *map(shape.slots, _SHARES), *map(shape.slots, given)}
-    return sorted(slots - {0})
+    and those given. Raises PlanError for a given one that cannot be."""
+    asked = {shape.slots(size) for size in given}
+    if 0 in asked:
+        raise PlanError("--device-cache 0: at least one record must fit")
+    usual = {min(ffn_bytes // 4 // shape.record_bytes, shape.vocab_size)}
+    usual |= {int(share * shape.vocab_size) for share in _SHARES}
+    return sorted(usual - {0} | asked)
 
 
 def default_step_ms(sequences: int) -> float:

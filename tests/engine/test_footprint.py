@@ -1,0 +1,125 @@
+"""What is said before a start against what an engine then holds."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.driver import open_engine
+from engine.test_assemble import foreign_table
+from tiny import tiny_config
+from tolserve.cli import main
+from tolserve.engine.config import EngineSettings
+from tolserve.engine.footprint import footprint, ready_table
+from tolserve.model.build import build_table, export
+from tolserve.model.checkpoint import CheckpointError
+from tolserve.model.config import FfnVariant, ModelConfig
+from tolserve.settings import DEMO_MODEL
+from tolserve.tol.table import TableError
+
+
+def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["table", "plan", *argv, "--json"]) == 0
+    plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return plan
+
+
+def test_the_demo_model_takes_what_the_plan_says(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path_factory.mktemp("demo")
+    options = {"host_cache": "7%", "kv_cache": "100MB", "dtype": "bfloat16"}
+    argv = [word for name, given in options.items() for word in ("--" + name.replace("_", "-"), given)]
+    argv += ["--cache-dir", str(cache), "--device-cache", "1MiB"]
+    before = planned(capsys, *argv)
+    assert (before["table"]["path"], before["disk"]) == (None, None)
+    with open_engine(DEMO_MODEL, cache, device_cache="1MiB", **options) as engine:
+        assert engine.pager is not None
+        (row, _) = (row for row in before["rows"] if row["slots"] == 256)
+        memory = before["memory"]
+        weights = {name: p.nbytes for name, p in engine.runner.model.named_parameters()}
+        assert memory["layers"] + memory["embedding"] == sum(weights.values())
+        assert memory["embedding"] == weights["model.embed_tokens.weight"]
+        assert memory["kv"] == engine.runner.kv.data.nbytes
+        assert memory["kv_tokens"] == engine.scheduler.pool.blocks * engine.runner.kv.block_size
+        assert row["device_bytes"] == engine.pager.arena.data.nbytes
+        assert memory["host_cache"] == engine.pager._host._records.nbytes
+        held = sum(weights.values()) + engine.runner.kv.data.nbytes + engine.pager.arena.data.nbytes
+        assert row["total_bytes"] == held + memory["host_cache"]
+        assert memory["dtype"] == "bfloat16"
+    after = planned(capsys, *argv)
+    assert after["table"] == before["table"] | {"path": str(engine.pager.table.path)}
+    assert after["disk"]["reads"] > 20
+    assert [row["total_bytes"] for row in after["rows"]] == [row["total_bytes"] for row in before["rows"]]
+    assert all(row["stall_ms"] >= 0 for row in after["rows"])
+
+
+@pytest.mark.parametrize("variant", ["memory", "base", "flex"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_and_kv_of_every_kind(
+    model_dir_of: Callable[[ModelConfig], Path], cache_dir: Path, variant: FfnVariant, tied: bool
+) -> None:
+    model_dir = model_dir_of(tiny_config(variant, tie_word_embeddings=tied))
+    settings = EngineSettings(model=str(model_dir), cache_dir=str(cache_dir), device="cpu")
+    said = footprint(settings, ModelConfig.load(model_dir))
+    with open_engine(model_dir, cache_dir) as engine:
+        model = engine.runner.model
+        ends = [model.model.embed_tokens.weight, *([] if model.lm_head is None else [model.lm_head.weight])]
+        assert said.embedding == sum(weight.nbytes for weight in ends)
+        assert said.layers == sum(p.nbytes for p in model.parameters()) - said.embedding
+        assert said.kv == engine.runner.kv.data.nbytes
+
+
+def ready(model_dir: Path, cache: Path, encoding: str | None = None, table: Path | None = None) -> Path | None:
+    given = str(table) if table is not None else None
+    settings = EngineSettings(model=str(model_dir), cache_dir=str(cache), table=given)
+    found = ready_table(settings, model_dir, ModelConfig.load(model_dir), encoding)
+    return found.path if found is not None else None
+
+
+def test_the_table_that_a_start_would_open(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model_dir, cache = shutil.copytree(tiny_model_dir, tmp_path / "model"), tmp_path / "cache"
+    assert ready(model_dir, cache) is None
+    assert not cache.exists(), "a plan builds nothing"
+    with open_engine(model_dir, cache) as engine:
+        assert engine.pager is not None
+        assert ready(model_dir, cache) == engine.pager.table.path
+    build_table(model_dir, model_dir / "tol")
+    assert ready(model_dir, cache) == model_dir / "tol"
+    assert ready(model_dir, cache, "bf16") == model_dir / "tol"
+    assert ready(model_dir, cache, "int8") is None
+    with pytest.raises(TableError, match="bf16, not --tol-encoding int8"):
+        ready(model_dir, cache, "int8", table=model_dir / "tol")
+    with pytest.raises(TableError, match="other weights"):
+        ready(model_dir, cache, table=foreign_table(tmp_path / "other", "0" * 32))
+
+
+def test_what_a_table_would_be_built_from(tiny_model_dir: Path, tmp_path: Path) -> None:
+    export(tiny_model_dir, tmp_path / "export")
+    assert ready(tmp_path / "export", tmp_path / "cache") == tmp_path / "export" / "tol"
+    shutil.rmtree(tmp_path / "export" / "tol")
+    with pytest.raises(TableError, match="neither a table nor memory tensors"):
+        ready(tmp_path / "export", tmp_path / "cache")
+    (tmp_path / "shape").mkdir()
+    shutil.copy2(tiny_model_dir / "config.json", tmp_path / "shape")
+    assert ready(tmp_path / "shape", tmp_path / "cache") is None
+    build_table(tiny_model_dir, tmp_path / "table")
+    with pytest.raises(CheckpointError, match="holds no model.safetensors"):
+        ready(tmp_path / "shape", tmp_path / "cache", table=tmp_path / "table")
+
+
+def test_a_base_model_has_weights_and_keys_alone(
+    model_dir_of: Callable[[ModelConfig], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(model_dir_of(tiny_config("base")))
+    plan = planned(capsys, base)
+    assert plan["memory"]["total"] > 0
+    assert (plan["table"], plan["disk"], plan["rows"]) == (None, None, [])
+    assert main(["table", "plan", base]) == 0
+    assert "A base model has no table" in capsys.readouterr().out
+    assert main(["table", "plan", base, "--device-cache", "10%"]) == 2
+    assert "--device-cache: a base model has no table" in capsys.readouterr().err
