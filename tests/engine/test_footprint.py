@@ -46,9 +46,10 @@ def test_the_demo_model_takes_what_the_plan_says(
         assert memory["embedding"] == weights["model.embed_tokens.weight"]
         assert memory["kv"] == engine.runner.kv.data.nbytes
         assert memory["kv_tokens"] == engine.scheduler.pool.blocks * engine.runner.kv.block_size
-        assert row["device_bytes"] == engine.pager.arena.data.nbytes
-        assert memory["host_cache"] == engine.pager._host._records.nbytes
-        held = sum(weights.values()) + engine.runner.kv.data.nbytes + engine.pager.arena.data.nbytes
+        device_bytes = sum(part.arena.data.nbytes for part in engine.pager.parts)
+        assert row["device_bytes"] == device_bytes
+        assert memory["host_cache"] == engine.pager.host.slots * engine.pager.table.manifest.record_bytes
+        held = sum(weights.values()) + engine.runner.kv.data.nbytes + device_bytes
         assert row["total_bytes"] == held + memory["host_cache"]
         assert memory["dtype"] == "bfloat16"
     after = planned(capsys, *argv)

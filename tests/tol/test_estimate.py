@@ -9,6 +9,7 @@ from tol.policies import SlowLRU
 from tol.tables import make_table, open_pager, value
 from tol.test_replay import documents, slow_steps, trace_of
 from tolserve.tol.estimate import FromCounts, FromTrace, independent, replayed, zipf
+from tolserve.tol.part import SPARE_SHARE
 from tolserve.tol.policy import POLICIES
 from tolserve.tol.replay import HostTier, Trace, TraceError, interleave, misses
 from tolserve.tol.table import Table
@@ -54,19 +55,19 @@ def test_two_tiers_against_a_slow_simulation(texts: list[list[int]], sequences: 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    return make_table(tmp_path_factory.mktemp("plan") / "table", vocab_size=60)[0]
+    return make_table(tmp_path_factory.mktemp("plan") / "table", vocab_size=900)[0]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("host_slots", [0, 3, 30])
-def test_the_replay_counts_what_the_pager_counts(table: Table, policy: str, host_slots: int) -> None:
-    random = np.random.default_rng(5)
-    trace = Trace(random.geometric(0.07, 1600) % 60, np.arange(0, 1601, 80), 60)
-    steps = interleave(trace, 4)
-    frequent = list(range(1, 60))
-    expected = replayed(steps, 12, policy, host_slots, frequent)
+@pytest.mark.parametrize(("slots", "host_slots"), [(12, 0), (12, 3), (12, 30), (300, 40), (30, 900)])
+def test_the_replay_counts_what_the_pager_counts(table: Table, policy: str, slots: int, host_slots: int) -> None:
+    weights = zipf(900)
+    tokens = np.random.default_rng(5).choice(900, 4000, p=weights / weights.sum())
+    steps = interleave(Trace(tokens, np.arange(0, 4001, 80), 900), 4)
+    frequent = list(range(1, 900))
+    expected = replayed(steps, slots - slots // SPARE_SHARE, policy, host_slots, frequent)
     assert expected is not None
-    with open_pager(table, 12, host_slots, policy=policy, frequent=frequent) as (pager, metrics):
+    with open_pager(table, slots, host_slots, policy=policy, frequent=frequent) as (pager, metrics):
 
         def counts() -> np.ndarray:
             names = [("tol_lookups_total",), ("tol_misses_total", "host"), ("tol_misses_total", "disk")]
@@ -83,8 +84,10 @@ def test_the_replay_counts_what_the_pager_counts(table: Table, policy: str, host
             for document in steps.ends.get(step, ()):
                 pager.end(document)
         found = (counts() - before) / (len(steps) - steps.warmup)
-    assert found == pytest.approx([expected.lookups, expected.host, expected.disk])
-    assert expected.hit_rate == pytest.approx(1 - found[1:].sum() / found[0])
+    # The pager tells its policies of a step's uses when the step is over; all but lru may decide otherwise for that.
+    error = 1e-9 if policy == "lru" else 0.05
+    assert found == pytest.approx([expected.lookups, expected.host, expected.disk], rel=error)
+    assert expected.hit_rate == pytest.approx(1 - found[1:].sum() / found[0], rel=error)
     assert expected.reads @ np.arange(len(expected.reads)) == pytest.approx(expected.disk)
     assert expected.reads.sum() == pytest.approx(1)
 
@@ -94,8 +97,8 @@ def test_the_replay_counts_what_the_pager_counts(table: Table, policy: str, host
 @pytest.mark.parametrize(("slots", "host_slots"), [(100, 0), (100, 250), (200, 600)])
 def test_the_estimate_of_independent_tokens(policy: str, sequences: int, slots: int, host_slots: int) -> None:
     weights = zipf(1000)
-    tokens = np.random.default_rng(2).choice(1000, 160_000, p=weights / weights.sum())
-    steps = interleave(Trace(tokens, np.arange(0, 160_001, 5000), 1000), sequences)
+    tokens = np.random.default_rng(2).choice(1000, 80_000, p=weights / weights.sum())
+    steps = interleave(Trace(tokens, np.arange(0, 80_001, 2500), 1000), sequences)
     found = replayed(steps, slots, policy, host_slots, list(range(1000)))
     guess = independent(weights, sequences, slots, policy, host_slots)
     assert found is not None

@@ -51,8 +51,12 @@ def replayed(
         return Demand(lookups, 0.0, 0.0, np.ones(1))
     if slots < steps.widest:
         return None
-    host = HostTier(host_slots, make_policy(policy, host_slots, frequent)) if host_slots else None
+    host = (
+        HostTier(host_slots, make_policy(policy, host_slots, frequent)) if 0 < host_slots < steps.vocab_size else None
+    )
     counts = misses(steps, slots, make_policy(policy, slots, frequent), host)
+    if host_slots >= steps.vocab_size:  # it was filled at the start
+        counts = np.stack((counts.sum(axis=1), np.zeros(len(counts), np.int64)), axis=1)
     from_host, from_disk = counts.mean(axis=0).tolist()
     return Demand(lookups, from_host, from_disk, np.bincount(counts[:, 1]) / len(counts))
 
@@ -75,8 +79,8 @@ def independent(weights: Floats, sequences: int, slots: int, policy: str, host_s
         return Demand(lookups, 0.0, 0.0, np.ones(1))
     stay = _stay(asked, slots, min(listed, pinned_slots(policy, slots)))
     missed = asked * _gone(asked, stay)
-    read = missed
-    if host_slots:
+    read = missed if host_slots < len(weights) else np.zeros(len(weights))
+    if 0 < host_slots < len(weights):
         host_stay = _stay(missed, host_slots, min(listed, pinned_slots(policy, host_slots)))
         read = missed * _gone(missed, np.maximum(host_stay - stay, 0))
     disk = float(read.sum())

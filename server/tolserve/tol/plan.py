@@ -13,6 +13,7 @@ from tolserve.tol.disk import DiskSource, Read, ReadRequest
 from tolserve.tol.encoding import Encoding, EncodingError, values_of
 from tolserve.tol.estimate import Demand
 from tolserve.tol.manifest import PAGE, record_stride
+from tolserve.tol.part import SPARE_SHARE
 from tolserve.tol.size import parse_cache_size
 from tolserve.tol.table import Bytes, Table
 
@@ -47,8 +48,8 @@ class TableShape:
     @classmethod
     def of(cls, table: Table) -> "TableShape":
         manifest = table.manifest
-        parts = [group.bytes for group in manifest.groups]
-        return cls._of(str(table.path), manifest.encoding.name, manifest.vocab_size, parts, manifest.record_stride)
+        record_bytes, stride = manifest.record_bytes, manifest.record_stride
+        return cls._of(str(table.path), manifest.encoding.name, manifest.vocab_size, record_bytes, stride)
 
     @classmethod
     def to_be_built(cls, name: str, *, vocab_size: int, num_hidden_layers: int, hidden_size: int) -> "TableShape":
@@ -59,14 +60,13 @@ class TableShape:
             raise EncodingError(f"encoding {name} has ranks that only a build knows; run `tolserve table build` first")
         encoding = Encoding(values, None if values == "bf16" else _GROUP_SIZE)
         record_bytes = sum(map(encoding.row_bytes, encoding.widths(num_hidden_layers, hidden_size)))
-        return cls._of(None, encoding.name, vocab_size, [record_bytes], record_stride(record_bytes))
+        return cls._of(None, encoding.name, vocab_size, record_bytes, record_stride(record_bytes))
 
     @classmethod
-    def _of(cls, path: str | None, encoding: str, vocab_size: int, parts: Sequence[int], stride: int) -> "TableShape":
-        record_bytes = sum(parts)
+    def _of(cls, path: str | None, encoding: str, vocab_size: int, record_bytes: int, stride: int) -> "TableShape":
         begins = np.arange(vocab_size, dtype=np.int64) * stride
         pages = -(-(begins + record_bytes) // PAGE) - begins // PAGE
-        slot_bytes = sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
+        slot_bytes = -(-record_bytes // ALIGNMENT) * ALIGNMENT
         return cls(path, encoding, vocab_size, record_bytes, stride, float(pages.mean()) * PAGE, slot_bytes)
 
     def slots(self, size: str) -> int:
@@ -229,7 +229,9 @@ def add_tiers(
         progress(done, len(pairs))
         step = default_step_ms(together) if step_ms is None else step_ms
         held, figures = size * plan.table.slot_bytes, {}
-        if (asked := estimate(size, together)) is not None:
+        # The pager keeps some slots free between steps: its hits are those of a tier without them.
+        spare = size // SPARE_SHARE if size < plan.table.vocab_size else 0
+        if (asked := estimate(size - spare, together)) is not None:
             figures = _figures(asked, plan.table.read_bytes, disk, step, plan.model["num_hidden_layers"])
         share = size / plan.table.vocab_size
         rows.append(Row(size, share, held, held + plan.memory.total, together, step, **figures))
