@@ -3,13 +3,14 @@
     python benchmarks/tiers.py --trace trace-llama3.npz --out benchmarks/results/tiers-llama3.json
 
 The device tier replays the trace's odd documents as `tolserve table replay` does. Its misses and victims then go
-through two host tiers of the same size, both least recently used:
+through three host tiers of the same size, all least recently used:
 
 - inclusive: keeps every record read from disk, and is touched when the device tier misses;
+- touched: the same, and touched when the device tier evicts a record that is here as well;
 - exclusive: takes each record that the device tier evicts; one that goes up leaves it.
 
 What counts is the share of the device tier's lookups that go to disk, second half of the steps. An exclusive tier
-copies every victim down from the device, which the inclusive one never does: `down_bytes_per_step`.
+copies every victim down from the device, which the others never do: `down_bytes_per_step`.
 """
 
 import argparse
@@ -74,6 +75,13 @@ class Inclusive:
         return found
 
 
+class Touched(Inclusive):
+    def serve(self, token: int, victim: int | None) -> bool:
+        if victim in self.order:
+            self.order.move_to_end(victim)
+        return super().serve(token, None)
+
+
 class Exclusive(Inclusive):
     def serve(self, token: int, victim: int | None) -> bool:
         found = token in self.order
@@ -90,8 +98,8 @@ def measure(path: Path, sequences: int, encoding: str, policy: str) -> list[dict
     steps = interleave(trace.documents(range(1, len(trace.offsets) - 1, 2)), sequences)
     slots = DEVICE[encoding]
     sizes = [int(share * trace.vocab_size) for share in HOST_SHARES]
-    tiers = [(Inclusive(size), Exclusive(size)) for size in sizes]
-    disk = [[0, 0] for _ in sizes]
+    tiers = [(Inclusive(size), Touched(size), Exclusive(size)) for size in sizes]
+    disk = [[0, 0, 0] for _ in sizes]
     missed = evicted = 0
     for step, made in enumerate(misses(steps, slots, policy)):
         measured = step >= steps.warmup
@@ -105,7 +113,7 @@ def measure(path: Path, sequences: int, encoding: str, policy: str) -> list[dict
     lookups = sum(map(len, steps.distinct[steps.warmup :]))
     measured_steps = len(steps) - steps.warmup
     rows = []
-    for share, size, (inclusive, exclusive) in zip(HOST_SHARES, sizes, disk, strict=True):
+    for share, size, (inclusive, touched, exclusive) in zip(HOST_SHARES, sizes, disk, strict=True):
         record_bytes = QUARTER_BYTES // slots
         rows.append(
             {
@@ -118,6 +126,7 @@ def measure(path: Path, sequences: int, encoding: str, policy: str) -> list[dict
                 "device_miss_share": round(missed / lookups, 5),
                 "disk_share": {
                     "inclusive": round(inclusive / lookups, 5),
+                    "touched": round(touched / lookups, 5),
                     "exclusive": round(exclusive / lookups, 5),
                 },
                 "disk_reads_exclusive_over_inclusive": round(exclusive / max(inclusive, 1), 3),
