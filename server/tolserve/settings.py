@@ -173,6 +173,8 @@ class EngineOptions(Options):
     host_cache: CacheSize = Field("0", description="records in host memory behind the device, in the same units")
     tol_policy: PolicyName = Field("lru", description="which record leaves a full cache")
     tol_frequencies: Path | None = Field(None, description="token counts to preload and to pin by (`table freq`)")
+    tol_save_frequencies: Path | None = Field(None, description="file to keep counts of the tokens that run in")
+    tol_trace: Path | None = Field(None, description="new file for the token ids of all requests, for `table replay`")
     tol_encoding: EncodingName = Field("bf16", description="encoding of the table to open, or to build (not lowrank)")
     tol_io: Literal["direct", "buffered"] = Field("direct", description="read past the page cache or through it")
     tol_read_depth: ReadDepth = Field(32, description="reads at the disk at the same time, at most")

@@ -138,6 +138,8 @@ def test_the_engine_gets_its_part_as_plain_json(tmp_path: Path) -> None:
             "host_cache",
             "tol_policy",
             "tol_frequencies",
+            "tol_save_frequencies",
+            "tol_trace",
             "tol_encoding",
             "tol_io",
             "tol_read_depth",

@@ -208,8 +208,11 @@ def test_a_base_model_has_no_table(model_dir_of: Callable[[ModelConfig], Path], 
     base = model_dir_of(tiny_config("base"))
     with pytest.raises(SettingsError, match="base model has no table"):
         assemble(EngineSettings(model=str(base), cache_dir=str(cache), device="cpu", table=str(tmp_path)))
-    with pytest.raises(SettingsError, match="--tol-frequencies.*base model has no table"):
-        assemble(EngineSettings(model=str(base), cache_dir=str(cache), device="cpu", tol_frequencies="list.npz"))
+    for option in ("tol_frequencies", "tol_save_frequencies", "tol_trace"):
+        given = {option: str(tmp_path / "file.npz")}
+        with pytest.raises(SettingsError, match=f"--{option.replace('_', '-')} .*base model has no table"):
+            assemble(EngineSettings(model=str(base), cache_dir=str(cache), device="cpu", **given))
+    assert not list(tmp_path.glob("file*"))
     with open_engine(base, cache) as engine:
         assert engine.pager is None
     assert not cache.exists()

@@ -5,6 +5,7 @@ import logging
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tolserve.engine.blocks import BlockPool
@@ -18,9 +19,10 @@ from tolserve.model.build import BuildOptions, build_table
 from tolserve.model.checkpoint import Checkpoint, load_transformer, read_fingerprint
 from tolserve.model.config import ModelConfig
 from tolserve.tol.encoding import values_of
-from tolserve.tol.frequencies import most_frequent, read_frequencies
+from tolserve.tol.frequencies import Counts, most_frequent, read_frequencies
 from tolserve.tol.pager import Pager
 from tolserve.tol.policy import NEED_FREQUENCIES
+from tolserve.tol.recorder import CountFile, Recorder, TraceFile
 from tolserve.tol.size import parse_bytes, parse_cache_size
 from tolserve.tol.table import Table, TableError
 
@@ -49,6 +51,7 @@ def assemble(settings: EngineSettings) -> Engine:
     max_len = longest_context(settings, config)
     metrics = Metrics()
     pager = _pager(settings, model_dir, config, device, metrics)
+    recorder = _recorder(settings, config)
     model = load_transformer(model_dir, with_memory=False, dtype=dtype, device=device)
     blocks = kv_blocks(settings, config, dtype, max_len)
     kv = KVCache(config, blocks=blocks, block_size=BLOCK_SIZE, max_len=max_len, dtype=dtype, device=device)
@@ -58,7 +61,14 @@ def assemble(settings: EngineSettings) -> Engine:
         max_tokens=settings.max_num_batched_tokens,
         max_distinct=pager.slots if pager is not None else None,
     )
-    return Engine(Runner(model, kv, pager), scheduler, metrics, max_model_len=max_len, max_queue=settings.max_queue)
+    return Engine(
+        Runner(model, kv, pager),
+        scheduler,
+        metrics,
+        max_model_len=max_len,
+        max_queue=settings.max_queue,
+        recorder=recorder,
+    )
 
 
 def choose_device(name: str) -> str:
@@ -106,19 +116,17 @@ def _pager(
     settings: EngineSettings, model_dir: Path, config: ModelConfig, device: str, metrics: Metrics
 ) -> Pager | None:
     if not config.has_memory:
-        if settings.table is not None:
-            raise SettingsError(f"--table {settings.table}: a base model has no table")
-        if settings.tol_frequencies is not None:
-            raise SettingsError(f"--tol-frequencies {settings.tol_frequencies}: a base model has no table")
+        for option in ("table", "tol_frequencies", "tol_save_frequencies", "tol_trace"):
+            if (given := getattr(settings, option)) is not None:
+                raise SettingsError(f"--{option.replace('_', '-')} {given}: a base model has no table")
         return None
     table = find_table(settings, model_dir, config)
     manifest = table.manifest
     device_slots = parse_cache_size(settings.device_cache, manifest.record_bytes, manifest.vocab_size)
     if device_slots < 1:
         raise SettingsError(f"--device-cache {settings.device_cache}: at least one record must fit")
-    frequent = None
-    if settings.tol_frequencies is not None:
-        frequent = most_frequent(read_frequencies(Path(settings.tol_frequencies), manifest.vocab_size))
+    counts = _frequencies(settings, manifest.vocab_size)
+    frequent = most_frequent(counts) if counts is not None else None
     if frequent is None and settings.tol_policy in NEED_FREQUENCIES:
         raise SettingsError(f"--tol-policy {settings.tol_policy} needs --tol-frequencies (`tolserve table freq`)")
     pager = Pager(
@@ -141,6 +149,28 @@ def _pager(
         log.info("filling the device tier with the most frequent records")
         pager.preload(frequent)
     return pager
+
+
+def _frequencies(settings: EngineSettings, vocab_size: int) -> Counts | None:
+    """The list of --tol-frequencies. The one that this server keeps itself is empty at its first start."""
+    if settings.tol_frequencies is None:
+        return None
+    path, kept = Path(settings.tol_frequencies), settings.tol_save_frequencies
+    if kept is not None and path.absolute() == Path(kept).absolute() and not path.exists():
+        return np.zeros(vocab_size, np.int64)
+    return read_frequencies(path, vocab_size)
+
+
+def _recorder(settings: EngineSettings, config: ModelConfig) -> Recorder | None:
+    """What the options ask to be recorded, None if nothing. Raises RecorderError for files that cannot be used."""
+    counts = trace = None
+    if settings.tol_save_frequencies is not None:
+        past = _frequencies(settings, config.vocab_size)
+        past = past if past is not None else np.zeros(config.vocab_size, np.int64)
+        counts = CountFile(Path(settings.tol_save_frequencies), past)
+    if settings.tol_trace is not None:
+        trace = TraceFile(Path(settings.tol_trace), config.vocab_size)
+    return Recorder(counts, trace) if counts is not None or trace is not None else None
 
 
 def find_table(settings: EngineSettings, model_dir: Path, config: ModelConfig) -> Table:

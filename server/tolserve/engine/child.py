@@ -48,8 +48,9 @@ STEP_SECONDS = 120.0
 STANDSTILL_SECONDS = 1.0
 # Numbers since the last snapshot are lost with an engine that dies; one snapshot costs it about 0.1 ms.
 SNAPSHOT_SECONDS = 1.0
-# An engine that was told to stop finishes its step; it has nothing to save.
-STOP_SECONDS = 2.0
+# An engine that was told to stop finishes its step and saves what it recorded: of a trace at most 32 MiB, which any
+# disk takes in a second. What is not saved by then is there as of the last flush.
+STOP_SECONDS = 4.0
 # A killed process is gone in milliseconds, unless the kernel itself waits for a disk.
 KILL_SECONDS = 10.0
 # What a signal that nobody here sent usually means, for the log.

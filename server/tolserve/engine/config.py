@@ -17,6 +17,8 @@ class EngineSettings:
     host_cache: str = "0"
     tol_policy: str = "lru"
     tol_frequencies: str | None = None
+    tol_save_frequencies: str | None = None
+    tol_trace: str | None = None
     tol_encoding: str = "bf16"
     tol_io: str = "direct"
     tol_read_depth: int = 32

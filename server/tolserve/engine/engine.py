@@ -14,6 +14,7 @@ from tolserve.engine.scheduler import Scheduler
 from tolserve.engine.sequence import Chunk, Sequence
 from tolserve.metrics import Metrics
 from tolserve.tol.pager import Lease, RecordsUnavailable
+from tolserve.tol.recorder import Recorder
 
 Output = Delta | Failure
 
@@ -22,9 +23,17 @@ class Engine:
     """Serves requests step by step on the calling thread; assembled by engine/assemble.py."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, metrics: Metrics, *, max_model_len: int, max_queue: int
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        *,
+        max_model_len: int,
+        max_queue: int,
+        recorder: Recorder | None = None,
     ) -> None:
         self.runner, self.scheduler, self.pager = runner, scheduler, runner.pager
+        self.recorder = recorder
         self.max_model_len, self.max_queue = max_model_len, max_queue
         self.registry = metrics
         self.metrics = EngineMetrics(metrics)
@@ -66,6 +75,8 @@ class Engine:
             self.scheduler.remove(sequence)
             if self.pager is not None:
                 self.pager.end(request_id)
+            if self.recorder is not None:
+                self.recorder.ended(sequence.tokens[: sequence.computed])
 
     def refresh_metrics(self) -> None:
         """Bring gauges up to date between steps, finished fills included."""
@@ -74,7 +85,16 @@ class Engine:
         if self.pager is not None:
             self.pager.poll()
 
+    def finish(self) -> None:
+        """Drop what still runs and finish what is recorded: a clean end, to be followed by `close`."""
+        for request_id in list(self._sequences):
+            self.abort(request_id)
+        if self.recorder is not None:
+            self.recorder.close(finish=True)
+
     def close(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close(finish=False)
         if self.pager is not None:
             self.pager.close()
 
@@ -106,7 +126,10 @@ class Engine:
             return None
         for chunk in chunks:
             self.pager.advance(chunk.sequence.request_id, chunk.tokens)
-        lease = self.pager.acquire(_distinct(token for chunk in chunks for token in chunk.tokens))
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        if self.recorder is not None:
+            self.recorder.runs(tokens)
+        lease = self.pager.acquire(_distinct(tokens))
         for chunk in chunks:
             following = chunk.sequence.tokens[chunk.end : chunk.end + self.scheduler.max_tokens]
             if following:

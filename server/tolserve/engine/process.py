@@ -110,12 +110,14 @@ class EngineServer:
 
 def warm_up(engine: Engine) -> None:
     """Run a tiny request through prefill and decode: what is compiled, allocated or loaded at its first use is there
-    when the first client comes. It shows in no counter."""
+    when the first client comes. It shows in no counter and in no recording."""
     sampling = SamplingParams(max_tokens=min(2, engine.max_model_len - 1), temperature=0.0, ignore_eos=True)
+    recorder, engine.recorder = engine.recorder, None
     with engine.registry.uncounted():
         failed = engine.add(Request("warm-up", (0,), sampling))
         while engine.busy:
             failed = next((output for output in engine.step() if isinstance(output, Failure)), failed)
+    engine.recorder = recorder
     if failed is not None:  # a record that cannot be read, say: others can
         log.warning("the warm-up failed: %s", failed.message)
 
@@ -141,6 +143,7 @@ def run(raw: dict[str, Any], pulse: Pulse) -> int:
     try:
         warm_up(engine)
         EngineServer(engine, socket, pulse).run(sys.stdin.fileno())
+        engine.finish()
     finally:
         engine.close()
         context.destroy(linger=0)

@@ -6,6 +6,8 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from tolserve.tol.files import replacing
+
 Counts = npt.NDArray[np.int64]
 
 
@@ -13,8 +15,9 @@ class FrequencyError(ValueError):
     """A frequency list that cannot be used; the message names the file."""
 
 
-def write_frequencies(path: Path, counts: Counts) -> None:
-    with path.open("wb") as file:
+def write_frequencies(path: Path, counts: Counts, mode: int = 0o666) -> None:
+    """Raises OSError; the file is the old one or the new one, never half of one."""
+    with replacing(path, mode) as file:
         np.savez_compressed(file, counts=counts)
 
 
