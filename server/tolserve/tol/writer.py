@@ -165,11 +165,6 @@ class TableWriter:
             self.close()
             raise
 
-    @property
-    def manifest(self) -> Manifest:
-        """The table's."""
-        return self._manifest
-
     def _is_continued(self) -> bool:
         folder = self._partial.path
         with suppress(FileNotFoundError):
