@@ -145,6 +145,14 @@ CACHE = [
         {"{{kind}}": rate("tol_read_errors_total", "kind")},
     ),
     Panel(
+        "Table changed",
+        "1 while the table's files are not those that the server opened: replaced (reopen them), written to, or gone. "
+        "An alarm is raised after 5 minutes.",
+        "short",
+        {"{{instance}}": "max by (instance) (tolserve_tol_table_changed{SELECT})"},
+        most=1,
+    ),
+    Panel(
         "Slots by tier",
         "Records that a tier can hold and holds, and those that are protected. Numbers are taken between two steps, "
         "when no step protects any: pinned records that stay above zero are a fault.",

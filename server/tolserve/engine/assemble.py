@@ -25,6 +25,7 @@ from tolserve.tol.policy import NEED_FREQUENCIES
 from tolserve.tol.recorder import CountFile, Recorder, TraceFile
 from tolserve.tol.size import parse_bytes, parse_cache_size
 from tolserve.tol.table import Table, TableError
+from tolserve.tol.watch import TableWatch, stamps_of
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,9 @@ def assemble(settings: EngineSettings) -> Engine:
     dtype = choose_dtype(settings.dtype, device)
     max_len = longest_context(settings, config)
     metrics = Metrics()
-    pager = _pager(settings, model_dir, config, device, metrics)
+    table = _table(settings, model_dir, config)
+    watch = TableWatch(stamps_of(table), metrics) if table is not None else None
+    pager = _pager(settings, table, device, metrics) if table is not None else None
     recorder = _recorder(settings, config)
     model = load_transformer(model_dir, with_memory=False, dtype=dtype, device=device)
     blocks = kv_blocks(settings, config, dtype, max_len)
@@ -68,6 +71,7 @@ def assemble(settings: EngineSettings) -> Engine:
         max_model_len=max_len,
         max_queue=settings.max_queue,
         recorder=recorder,
+        watch=watch,
     )
 
 
@@ -112,15 +116,17 @@ def kv_blocks(settings: EngineSettings, config: ModelConfig, dtype: torch.dtype,
     return blocks
 
 
-def _pager(
-    settings: EngineSettings, model_dir: Path, config: ModelConfig, device: str, metrics: Metrics
-) -> Pager | None:
-    if not config.has_memory:
-        for option in ("table", "tol_frequencies", "tol_save_frequencies", "tol_trace"):
-            if (given := getattr(settings, option)) is not None:
-                raise SettingsError(f"--{option.replace('_', '-')} {given}: a base model has no table")
-        return None
-    table = find_table(settings, model_dir, config)
+def _table(settings: EngineSettings, model_dir: Path, config: ModelConfig) -> Table | None:
+    """None for a base model, which has none."""
+    if config.has_memory:
+        return find_table(settings, model_dir, config)
+    for option in ("table", "tol_frequencies", "tol_save_frequencies", "tol_trace"):
+        if (given := getattr(settings, option)) is not None:
+            raise SettingsError(f"--{option.replace('_', '-')} {given}: a base model has no table")
+    return None
+
+
+def _pager(settings: EngineSettings, table: Table, device: str, metrics: Metrics) -> Pager:
     manifest = table.manifest
     device_slots = parse_cache_size(settings.device_cache, manifest.record_bytes, manifest.vocab_size)
     if device_slots < 1:

@@ -15,6 +15,7 @@ from tolserve.engine.sequence import Chunk, Sequence
 from tolserve.metrics import Metrics
 from tolserve.tol.pager import Lease, RecordsUnavailable
 from tolserve.tol.recorder import Recorder
+from tolserve.tol.watch import TableWatch
 
 Output = Delta | Failure
 
@@ -31,9 +32,10 @@ class Engine:
         max_model_len: int,
         max_queue: int,
         recorder: Recorder | None = None,
+        watch: TableWatch | None = None,
     ) -> None:
         self.runner, self.scheduler, self.pager = runner, scheduler, runner.pager
-        self.recorder = recorder
+        self.recorder, self.watch = recorder, watch
         self.max_model_len, self.max_queue = max_model_len, max_queue
         self.registry = metrics
         self.metrics = EngineMetrics(metrics)
@@ -95,6 +97,8 @@ class Engine:
     def close(self) -> None:
         if self.recorder is not None:
             self.recorder.close(finish=False)
+        if self.watch is not None:
+            self.watch.close()
         if self.pager is not None:
             self.pager.close()
 
