@@ -228,6 +228,10 @@ class ServeSettings(EngineOptions):
         return key
 
     @property
+    def asks_for_key(self) -> bool:
+        return self.api_key is not None or self.api_key_file is not None
+
+    @property
     def model_name(self) -> str:
         return self.served_model_name or self.model.resolve().name
 

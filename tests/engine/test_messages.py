@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from tolserve.engine.messages import (
     Abort,
+    AskCache,
     AskMetrics,
+    Declined,
     FromEngine,
     Heartbeat,
     Hello,
@@ -15,6 +17,10 @@ from tolserve.engine.messages import (
     Progress,
     Ready,
     Refusal,
+    Reopen,
+    Reopened,
+    Resize,
+    Resized,
     Submit,
     ToEngine,
     decode_from_engine,
@@ -23,6 +29,7 @@ from tolserve.engine.messages import (
 )
 from tolserve.engine.request import Delta, Failure, Request, SamplingParams, TokenLogprob, Usage
 from tolserve.metrics import Metric, Sample
+from tolserve.tol.view import CacheSizes, TierSize
 
 ids = st.text(max_size=20)
 tokens = st.integers(0, 2**31)
@@ -68,8 +75,18 @@ metrics = st.builds(
     st.lists(floats, max_size=4).map(tuple),
     st.lists(series, max_size=3),
 )
+tiers = st.builds(TierSize, counts, counts)
+sizes = st.builds(CacheSizes, tiers, tiers)
+declined = st.builds(Declined, st.sampled_from(["invalid", "memory", "conflict"]), st.text())
+facts = st.dictionaries(ids, st.one_of(st.none(), counts, ids, st.lists(counts, max_size=3)), max_size=3)
 to_engine: st.SearchStrategy[ToEngine] = st.one_of(
-    st.builds(Submit, requests), st.builds(Abort, ids), st.just(Hello()), st.just(AskMetrics())
+    st.builds(Submit, requests),
+    st.builds(Abort, ids),
+    st.just(Hello()),
+    st.just(AskMetrics()),
+    st.builds(AskCache, counts),
+    st.builds(Resize, st.one_of(st.none(), ids), st.one_of(st.none(), ids)),
+    st.just(Reopen()),
 )
 from_engine: st.SearchStrategy[FromEngine] = st.one_of(
     st.builds(Ready, counts, counts, st.one_of(st.none(), ids), st.one_of(st.none(), ids)),
@@ -77,6 +94,8 @@ from_engine: st.SearchStrategy[FromEngine] = st.one_of(
     st.builds(Refusal, failures),
     st.builds(MetricsSnapshot, st.lists(metrics, max_size=3)),
     st.builds(Heartbeat, floats),
+    st.builds(Resized, st.one_of(st.none(), sizes), st.one_of(st.none(), declined)),
+    st.builds(Reopened, st.one_of(st.none(), facts), st.one_of(st.none(), declined)),
 )
 
 

@@ -14,7 +14,13 @@ from tolserve.engine.client import EngineError
 # A full queue drains by one request in seconds at this server's sizes; a client that comes back sooner only adds load.
 RETRY_AFTER_SECONDS = 2
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class ApiError(Exception):
@@ -64,6 +70,10 @@ def from_engine(error: EngineError) -> ApiError:
             return ApiError(503, message, code="stopping", headers={"connection": "close"})
         case "slow":
             return ApiError(503, message, code="engine_slow")
+        case "memory":
+            return ApiError(507, message, code="out_of_memory")
+        case "conflict":
+            return ApiError(409, message, code="table_conflict")
         case "table":
             return ApiError(500, message, type="table_error", code="table_error")
     return ApiError(500, message, code="engine_error")

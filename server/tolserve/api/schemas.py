@@ -265,6 +265,26 @@ class TokenizeRequest(Wire):
         return self
 
 
+CacheWords = Annotated[str, Field(min_length=1, max_length=40, description="as the option: 4096, 2GiB or 10%")]
+
+
+class CacheRequest(Wire):
+    """New sizes of the tiers; one that is not given stays."""
+
+    device_cache: CacheWords | None = None
+    host_cache: CacheWords | None = None
+
+    @model_validator(mode="after")
+    def _check_any(self) -> Self:
+        if self.device_cache is None and self.host_cache is None:
+            raise PydanticCustomError("any_of", "give this, host_cache or both", {"param": "device_cache"})
+        return self
+
+
+class ReopenRequest(Wire):
+    """Nothing can be asked for: the table is the one that the server was started with."""
+
+
 class DetokenizeRequest(Wire):
     model: str | None = None
     tokens: list[TokenId]

@@ -3,17 +3,31 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq.asyncio
 
 from tolserve.engine.child import Child, End
-from tolserve.engine.messages import Abort, AskCache, AskMetrics, Cache, MetricsSnapshot, Ready, Submit
+from tolserve.engine.messages import (
+    Abort,
+    AskCache,
+    AskMetrics,
+    Cache,
+    MetricsSnapshot,
+    Ready,
+    Reopen,
+    Reopened,
+    Resize,
+    Resized,
+    Submit,
+)
 from tolserve.engine.request import Delta, Failure, Request
 from tolserve.metrics import Metric, Metrics, merge
-from tolserve.tol.view import DeviceView
+from tolserve.tol.view import CacheSizes, DeviceView
 
 log = logging.getLogger(__name__)
+
+Granted = TypeVar("Granted")
 
 # A scrape waits this long for fresh numbers; a step of a large prefill can take longer, then the last ones are shown.
 METRICS_TIMEOUT_SECONDS = 1.0
@@ -26,7 +40,8 @@ STEADY_SECONDS = 60.0
 
 
 class EngineError(RuntimeError):
-    """What the engine could not serve; `kind` as in request.Failure, or "slow" for a question that timed out."""
+    """What the engine could not serve; `kind` as in request.Failure or messages.Declined, or "slow" for a question that
+    timed out."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -178,6 +193,33 @@ class EngineClient:
                 else EngineError("slow", "the engine is in a long step")
             )
         return answer.view
+
+    async def resize(self, device_cache: str | None, host_cache: str | None) -> CacheSizes:
+        """Change the tiers' sizes, in the options' words, after the step that runs; returns those in force. An engine
+        that replaces this one has the options' sizes again. Raises EngineError; nothing is changed then.
+        """
+        answer = await self._answering().ask(Resize(device_cache, host_cache), Resized, None)
+        return self._granted(answer.sizes if answer is not None else None, answer)
+
+    async def reopen(self) -> dict[str, Any]:
+        """Go on with the table that lies at the table's path now; returns what table.describe says of it.
+
+        Raises EngineError; the old one stays in use then.
+        """
+        answer = await self._answering().ask(Reopen(), Reopened, None)
+        facts = self._granted(answer.facts if answer is not None else None, answer)
+        # An engine that replaces this one must take the table that lies there.
+        self._settings = self._settings | {"tol_encoding": facts["encoding"]["name"]}
+        return facts
+
+    def _granted(self, value: Granted | None, answer: Resized | Reopened | None) -> Granted:
+        """Such questions wait however long the step before them takes: who was told to try again would not know what
+        holds. No answer means that the engine is gone."""
+        if answer is not None and answer.declined is not None:
+            raise EngineError(answer.declined.kind, answer.declined.message)
+        if value is None:
+            raise EngineError("dead", self.failure or "the engine is gone")
+        return value
 
     async def metrics(self) -> list[Metric]:
         """The numbers of all incarnations together, fresh if the engine answers in time, else the last it sent; and how

@@ -1,7 +1,9 @@
 """The step loop's body: schedule, page, run, sample, report."""
 
+import logging
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +15,14 @@ from tolserve.engine.sampler import logprobs, sample
 from tolserve.engine.scheduler import Scheduler
 from tolserve.engine.sequence import Chunk, Sequence
 from tolserve.metrics import Metrics
-from tolserve.tol.pager import Lease, RecordsUnavailable
+from tolserve.tol.pager import Lease, Pager, RecordsUnavailable
 from tolserve.tol.recorder import Recorder
-from tolserve.tol.watch import TableWatch
+from tolserve.tol.size import parse_cache_size
+from tolserve.tol.table import Table, describe
+from tolserve.tol.view import CacheSizes, TierSize
+from tolserve.tol.watch import TableWatch, stamps_of
+
+log = logging.getLogger(__name__)
 
 Output = Delta | Failure
 
@@ -86,6 +93,49 @@ class Engine:
         self.metrics.process.refresh()
         if self.pager is not None:
             self.pager.poll()
+
+    def resize(self, device_cache: str | None, host_cache: str | None) -> CacheSizes:
+        """Change the tiers' sizes between two steps, in the words of the options; None leaves one as it is.
+
+        Raises ValueError for a size that cannot be, MemoryError when there is no memory for it; nothing is changed
+        then.
+        """
+        pager = self._paged()
+        manifest = pager.table.manifest
+        device, host = (
+            None if size is None else parse_cache_size(size, manifest.record_bytes, manifest.vocab_size)
+            for size in (device_cache, host_cache)
+        )
+        pager.resize(device_slots=device, host_slots=host)
+        self.scheduler.max_distinct = pager.slots
+        sizes = CacheSizes(
+            TierSize(pager.slots, pager.device_bytes),
+            TierSize(pager.host.slots, pager.host.slots * manifest.record_bytes),
+        )
+        log.info("the device tier has room for %d records now, the host tier for %d", pager.slots, pager.host.slots)
+        return sizes
+
+    def reopen(self) -> dict[str, Any]:
+        """Go on, between two steps, with the table that lies at the table's path now; returns what table.describe says
+        of it. The tiers keep their sizes in bytes.
+
+        Raises TableError, RecordError or OSError when there is none of the same weights, MemoryError when there is no
+        memory for it beside the old one; the old one stays in use then.
+        """
+        pager = self._paged()
+        table = Table.open(pager.table.path)
+        stamps = stamps_of(table)
+        pager.reopen(table)
+        if self.watch is not None:
+            self.watch.follow(stamps)
+        self.scheduler.max_distinct = pager.slots
+        log.info("the table %s was reopened", table.path)
+        return describe(table)
+
+    def _paged(self) -> Pager:
+        if self.pager is None:
+            raise ValueError("this model has no table")
+        return self.pager
 
     def finish(self) -> None:
         """Drop what still runs and finish what is recorded: a clean end, to be followed by `close`."""

@@ -1,10 +1,12 @@
 """Typed messages between API workers and the engine process: msgpack by msgspec, never pickle."""
 
+from typing import Any, Literal
+
 import msgspec
 
 from tolserve.engine.request import Delta, Failure, Request
 from tolserve.metrics import Metric
-from tolserve.tol.view import DeviceView
+from tolserve.tol.view import CacheSizes, DeviceView
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True):
@@ -64,8 +66,41 @@ class Cache(msgspec.Struct, tag="cache", frozen=True):
     view: DeviceView | None
 
 
-ToEngine = Submit | Abort | Hello | AskMetrics | AskCache
-FromEngine = Ready | Progress | Refusal | MetricsSnapshot | Cache | Heartbeat
+class Resize(msgspec.Struct, tag="resize", frozen=True):
+    """Answered with `Resized`. Sizes in the words of the options; None leaves a tier as it is."""
+
+    device_cache: str | None
+    host_cache: str | None
+
+
+class Reopen(msgspec.Struct, tag="reopen", frozen=True):
+    """Answered with `Reopened`."""
+
+
+class Declined(msgspec.Struct, frozen=True):
+    """Why nothing was changed: "invalid" is the asker's doing, "memory" that there is none for it, "conflict" that
+    what lies at the table's path cannot be used."""
+
+    kind: Literal["invalid", "memory", "conflict"]
+    message: str
+
+
+class Resized(msgspec.Struct, tag="resized", frozen=True):
+    """One of the two is None."""
+
+    sizes: CacheSizes | None
+    declined: Declined | None
+
+
+class Reopened(msgspec.Struct, tag="reopened", frozen=True):
+    """One of the two is None; `facts` are table.describe's."""
+
+    facts: dict[str, Any] | None
+    declined: Declined | None
+
+
+ToEngine = Submit | Abort | Hello | AskMetrics | AskCache | Resize | Reopen
+FromEngine = Ready | Progress | Refusal | MetricsSnapshot | Cache | Resized | Reopened | Heartbeat
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -18,12 +18,17 @@ from tolserve.engine.messages import (
     AskCache,
     AskMetrics,
     Cache,
+    Declined,
     FromEngine,
     Hello,
     MetricsSnapshot,
     Progress,
     Ready,
     Refusal,
+    Reopen,
+    Reopened,
+    Resize,
+    Resized,
     Submit,
     ToEngine,
     decode_to_engine,
@@ -33,7 +38,7 @@ from tolserve.engine.pulse import Pulse
 from tolserve.engine.request import Delta, Failure, Request, SamplingParams
 from tolserve.model.checkpoint import CheckpointError
 from tolserve.model.config import ConfigError
-from tolserve.tol.table import TableError
+from tolserve.tol.table import RecordError, TableError
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +89,28 @@ class EngineServer:
             case AskCache(limit=limit):
                 pager = self.engine.pager
                 self._send(worker, Cache(pager.view(limit) if pager is not None else None))
+            case Resize(device_cache=device_cache, host_cache=host_cache):
+                self._send(worker, self._resized(device_cache, host_cache))
+            case Reopen():
+                self._send(worker, self._reopened())
+
+    def _resized(self, device_cache: str | None, host_cache: str | None) -> Resized:
+        try:
+            return Resized(self.engine.resize(device_cache, host_cache), None)
+        except ValueError as error:
+            return Resized(None, Declined("invalid", str(error)))
+        except MemoryError as error:
+            return Resized(None, Declined("memory", str(error)))
+
+    def _reopened(self) -> Reopened:
+        try:
+            return Reopened(self.engine.reopen(), None)
+        except (TableError, RecordError, OSError, ValueError) as error:
+            log.warning("the table was not reopened: %s", error)
+            path = str(self.engine.pager.table.path) if self.engine.pager is not None else ""
+            return Reopened(None, Declined("conflict", str(error).replace(path, "the table")))
+        except MemoryError as error:
+            return Reopened(None, Declined("memory", str(error)))
 
     def _ready(self) -> Ready:
         manifest = self.engine.pager.table.manifest if self.engine.pager is not None else None

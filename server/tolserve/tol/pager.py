@@ -365,24 +365,21 @@ class Pager:
     def _policies(self) -> list[Policy]:
         return [part.policy for part in self.parts] + self.host.policies()
 
-    def resize(self, *, device_slots: int, host_slots: int) -> None:
-        """Change the tiers' sizes, in records, between two steps; the records that would be evicted last stay.
+    def resize(self, *, device_slots: int | None = None, host_slots: int | None = None) -> None:
+        """Change the tiers' sizes, in records, between two steps; the records that would be evicted last stay. A tier
+        whose size is None is left alone: it needs no second memory.
 
         Raises ValueError for sizes that cannot be, MemoryError when the new memory does not fit beside the old;
         nothing is changed then.
         """
-        _check_sizes(device_slots, host_slots)
+        _check_sizes(1 if device_slots is None else device_slots, 0 if host_slots is None else host_slots)
         self._quiesce()
-        manifest = self.table.manifest
-        host_slots = min(host_slots, manifest.vocab_size)
-        if host_slots == manifest.vocab_size != self.host.slots:
+        if host_slots is not None and host_slots >= self.table.manifest.vocab_size != self.host.slots:
             raise ValueError("the whole table in host memory is shared between processes; restart to have it")
-        sizes = [slots for _, slots in part_slots(manifest, device_slots, self._head_factor)]
-        if len(sizes) != len(self.parts):
-            raise ValueError("a device tier of the whole table is not split into layer groups; restart for it")
-        arenas = [DeviceArena(slots, part.bytes, self._device) for part, slots in zip(self.parts, sizes, strict=True)]
-        self.host.resize(host_slots)
-        for part, arena in zip(self.parts, arenas, strict=True):
+        arenas = self._arenas(device_slots) if device_slots is not None else {}
+        if host_slots is not None:
+            self.host.resize(min(host_slots, self.table.manifest.vocab_size))
+        for part, arena in arenas.items():
             self._count.evictions.add(part.move(arena), "device")
         there = self.parts[-1].slot_of
         self._unused = {token for token in self._unused if self.present(token)}
@@ -390,14 +387,22 @@ class Pager:
         self._set_sizes()
         self.poll()
 
+    def _arenas(self, device_slots: int) -> dict[Part, DeviceArena]:
+        sizes = part_slots(self.table.manifest, device_slots, self._head_factor)
+        return {
+            part: DeviceArena(slots, part.bytes, self._device)
+            for part, (_, slots) in zip(self.parts, sizes, strict=True)
+        }
+
     def reopen(self, table: Table) -> None:
         """Go on with another version of the table, between two steps: the tiers keep their bytes and are filled anew
         with the records that would have been evicted last.
 
-        Raises TableError for a table of other weights, OSError when it cannot be opened; nothing is changed then.
+        Raises TableError for a table of other weights, or that cannot be opened; nothing is changed then.
         """
         old, new = self.table.manifest, table.manifest
-        if (new.fingerprint, new.num_layers) != (old.fingerprint, old.num_layers):
+        shapes = [(m.vocab_size, m.num_layers, m.hidden_size) for m in (old, new)]
+        if new.fingerprint != old.fingerprint or shapes[0] != shapes[1]:
             raise TableError(f"{table.path} holds the rows of other weights (fingerprint {new.fingerprint})")
         self._quiesce()
         latest = list(self.parts[-1].policy.keys())[::-1]

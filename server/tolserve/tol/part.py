@@ -12,6 +12,10 @@ from tolserve.tol.table import Bytes
 if TYPE_CHECKING:
     from tolserve.tol.fills import Fill
 
+# Slots that a part keeps free between steps, a 256th of all: at 4,096 slots and 32 sequences a step has 6 misses on
+# average and 16 hardly ever, and what a 256th of the slots costs in hits is lost in the noise (0.1 points).
+SPARE_SHARE = 256
+
 
 class Part:
     """Slots for the layer groups `groups`: `bytes` from byte `offset` of a record.
@@ -20,17 +24,21 @@ class Part:
     """
 
     def __init__(
-        self, groups: range, offset: int, size: int, slots: int, policy: Policy, device: Device, spare: int
+        self, groups: range, offset: int, size: int, slots: int, vocab_size: int, policy: Policy, device: Device
     ) -> None:
-        """Keeps `spare` slots free between steps, so that a step finds room without asking who must go."""
         self.groups, self.offset, self.bytes = groups, offset, size
-        self.slots, self.policy, self.spare = slots, policy, spare
+        self.slots, self._vocab_size, self.policy = slots, vocab_size, policy
         self.arena = DeviceArena(slots, size, device)
         self.slot_of: dict[int, int] = {}
         self.arriving: dict[int, Fill] = {}  # by token
         self.free = list(range(slots - 1, -1, -1))
         self._fences: dict[int, Event] = {}  # behind the last step that read the slot
         self._copies: dict[int, Event] = {}  # slots whose fill may still be copying on the device
+
+    @property
+    def spare(self) -> int:
+        """Slots to keep free between steps, so that a step finds room without asking who must go."""
+        return self.slots // SPARE_SHARE if self.slots < self._vocab_size else 0
 
     def assign(self, token: int, slot: int, fill: "Fill") -> None:
         """Promise a free slot to a token that `fill` will bring."""
@@ -103,11 +111,6 @@ class Part:
         return [f"groups {list(self.groups)}: {problem}" for problem, is_so in wrong.items() if is_so]
 
 
-# Slots that a part keeps free between steps, a 256th of all: at 4,096 slots and 32 sequences a step has 6 misses on
-# average and 16 hardly ever, and what a 256th of the slots costs in hits is lost in the noise (0.1 points).
-SPARE_SHARE = 256
-
-
 def part_slots(manifest: Manifest, records: int, head_factor: float | None) -> list[tuple[range, int]]:
     """How the bytes of `records` whole records are shared out: the layer groups of each part, and its slots.
 
@@ -116,7 +119,7 @@ def part_slots(manifest: Manifest, records: int, head_factor: float | None) -> l
     """
     every = range(len(manifest.groups))
     records = min(records, manifest.vocab_size)
-    if head_factor is None or len(every) == 1 or records == manifest.vocab_size:
+    if head_factor is None or len(every) == 1:
         return [(every, records)]
     size, head = records * manifest.record_bytes, manifest.groups[0].bytes
     rest = manifest.record_bytes - head
@@ -143,6 +146,6 @@ def make_parts(
     for groups, slots in part_slots(manifest, records, head_factor):
         first, last = manifest.groups[groups.start], manifest.groups[groups.stop - 1]
         size = last.offset + last.bytes - first.offset
-        spare = 0 if slots == manifest.vocab_size else slots // SPARE_SHARE
-        parts.append(Part(groups, first.offset, size, slots, make_policy(policy, slots, frequent), device, spare))
+        order = make_policy(policy, slots, frequent)
+        parts.append(Part(groups, first.offset, size, slots, manifest.vocab_size, order, device))
     return parts

@@ -1,4 +1,4 @@
-"""A look into the device tier, for people. Plain data: it crosses the wire to the API process, which has no torch."""
+"""A look into the tiers, for people. Plain data: it crosses the wire to the API process, which has no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +17,20 @@ class Resident:
     token: int
     uses: int
     state: RecordState
+
+
+@dataclass(frozen=True)
+class TierSize:
+    """Room for `slots` records, `bytes` without padding."""
+
+    slots: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    device: TierSize
+    host: TierSize
 
 
 @dataclass(frozen=True)
