@@ -189,23 +189,45 @@ def test_draws_go_by_the_position_in_the_whole_text(engine_of: OpenEngine) -> No
     assert rest == whole[5:]
 
 
+Told = list[tuple[str, tuple[int, ...]]]
+
+
+def told_by(engine: Engine) -> Told:
+    """What the policy of the device tier hears from now on: (request id, tokens), no tokens at a sequence's end."""
+    assert engine.pager is not None
+    told: Told = []
+    policy = engine.pager.parts[0].policy
+    policy.advance = lambda name, tokens: told.append((name, tuple(tokens)))  # type: ignore[method-assign]
+    policy.end = lambda name: told.append((name, ()))  # type: ignore[method-assign]
+    return told
+
+
+def tokens_told(told: Told, name: str) -> list[int]:
+    return [token for about, tokens in told if about == name for token in tokens]
+
+
 def test_the_policy_hears_of_every_sequence_until_it_ends(engine_of: OpenEngine) -> None:
     with engine_of(device_cache="24", max_num_batched_tokens=8) as engine:
-        assert engine.pager is not None
-        told: list[tuple[str, tuple[int, ...]]] = []
-        policy = engine.pager.parts[0].policy
-        policy.advance = lambda name, tokens: told.append((name, tuple(tokens)))  # type: ignore[method-assign]
-        policy.end = lambda name: told.append((name, ()))  # type: ignore[method-assign]
+        told = told_by(engine)
         submit(engine, [request("whole", prompt_of(20, 1), 4), request("left", prompt_of(20, 2), 30)])
         answers: Answers = {}
         while "whole" not in answers or answers["whole"].finish_reason is None:
             collect(answers, engine.step())
         engine.abort("left")
         engine.abort("left")
-    ran = [token for name, tokens in told if name == "whole" for token in tokens]
-    assert ran == [*prompt_of(20, 1), *answers["whole"].tokens[:-1]]
+    assert tokens_told(told, "whole") == [*prompt_of(20, 1), *answers["whole"].tokens[:-1]]
     assert sorted(name for name, tokens in told if not tokens) == ["left", "whole"]
     assert told[-1] == ("left", ())
+
+
+def test_the_policy_hears_of_a_preempted_sequences_tokens_once(engine_of: OpenEngine) -> None:
+    with engine_of(device_cache="40", max_model_len=80, kv_cache=f"{7 * 4096}B", max_num_batched_tokens=40) as engine:
+        told = told_by(engine)
+        answers = serve(engine, mixed_requests())
+        assert value(engine.registry, "num_preemptions_total") > 0
+    for each in mixed_requests():
+        ran = [*each.prompt, *answers[each.request_id].tokens[:-1]]
+        assert tokens_told(told, each.request_id) == ran
 
 
 def test_a_request_that_goes_away_takes_all_it_held_with_it(engine_of: OpenEngine) -> None:

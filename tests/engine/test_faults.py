@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.driver import Answers, OpenEngine, assert_idle, request, serve
-from engine.test_engine import prompt_of
+from engine.test_engine import prompt_of, tokens_told, told_by
 from tol.tables import flip_byte, shard_file, value
 from tolserve.engine.engine import Engine
 from tolserve.engine.request import Request
@@ -123,3 +123,13 @@ def test_a_record_that_fails_amid_an_answer_ends_it_there(
     assert failed.tokens == whole[: place + 1]
     assert {name: answers[name].tokens for name in right} == {name: answer.tokens for name, answer in right.items()}
     assert_idle(engine)
+
+
+def test_the_policy_hears_of_a_failed_steps_tokens_once(damaged: tuple[Engine, Table]) -> None:
+    engine, table = damaged
+    flip_byte(table, BAD)
+    told = told_by(engine)
+    fine = bystanders()[0]
+    answers = serve(engine, [request("victim", [7, BAD]), fine])
+    assert answers["victim"].failure is not None
+    assert tokens_told(told, fine.request_id) == [*fine.prompt, *answers[fine.request_id].tokens[:-1]]

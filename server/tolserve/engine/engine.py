@@ -179,7 +179,7 @@ class Engine:
         if self.pager is None:
             return None
         for chunk in chunks:
-            self.pager.advance(chunk.sequence.request_id, chunk.tokens)
+            _tell(self.pager, chunk)
         tokens = [token for chunk in chunks for token in chunk.tokens]
         if self.recorder is not None:
             self.recorder.runs(tokens)
@@ -271,6 +271,14 @@ class Engine:
 def _distinct(tokens: Iterable[int]) -> list[int]:
     """Each token once, in order of first appearance."""
     return list(dict.fromkeys(tokens))
+
+
+def _tell(pager: Pager, chunk: Chunk) -> None:
+    """Tell the policies of the tokens that run for the first time: a step may fail, or its sequence be preempted."""
+    sequence = chunk.sequence
+    if chunk.end > sequence.told:
+        pager.advance(sequence.request_id, sequence.tokens[max(chunk.start, sequence.told) : chunk.end])
+        sequence.told = chunk.end
 
 
 def _count(chunk: Chunk, result: StepResult, lease: Lease | None) -> None:

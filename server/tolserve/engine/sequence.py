@@ -14,6 +14,7 @@ class Sequence:
     arrived: float  # engine clock, seconds
     tokens: list[int] = field(init=False)
     computed: int = 0
+    told: int = 0  # tokens that the policies have been told of; more than `computed` when it runs some again
     blocks: list[int] = field(default_factory=list)  # block table, in token order
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     started: float | None = None  # first scheduled

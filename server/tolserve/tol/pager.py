@@ -109,7 +109,10 @@ class Pager:
         return next(index for index, part in enumerate(self.parts) if group in part.groups)
 
     def advance(self, sequence: Hashable, tokens: Sequence[int]) -> None:
-        """Tell the policies that the step at hand runs these tokens of a sequence, all, in order."""
+        """Tell the policies that the step at hand runs these tokens of a sequence, all, in order.
+
+        A token that runs again, in a step after a failed one or after a preemption, is told once.
+        """
         for policy in self._policies():
             policy.advance(sequence, tokens)
 
