@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,10 +23,10 @@ def sequence_of(prompt: Iterable[int], max_tokens: int = 1, arrived: float = 0.0
 
 
 def scheduler_of(
-    blocks: int = 64, max_seqs: int = 8, max_tokens: int = 64, max_distinct: int | None = None
+    blocks: int = 64, max_seqs: int = 8, max_tokens: int = 64, max_distinct: int | None = None, **cache: Any
 ) -> Scheduler:
     pool = BlockPool(blocks, BLOCK_SIZE)
-    return Scheduler(pool, max_seqs=max_seqs, max_tokens=max_tokens, max_distinct=max_distinct)
+    return Scheduler(pool, max_seqs=max_seqs, max_tokens=max_tokens, max_distinct=max_distinct, **cache)
 
 
 @dataclass

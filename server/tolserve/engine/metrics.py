@@ -19,6 +19,9 @@ class EngineMetrics:
         self.waiting = metrics.gauge("num_requests_waiting", "Requests in the queue")
         self.kv_usage = metrics.gauge("kv_cache_usage_perc", "Share of KV blocks in use, 1 is all")
         self.preemptions = metrics.counter("num_preemptions_total", "Requests that gave their KV blocks back")
+        self.overtakes = metrics.counter(
+            "num_overtakes_total", "Requests that started before earlier ones whose records were not there"
+        )
         self.prompt_tokens = metrics.counter("prompt_tokens_total", "Prompt tokens of requests that got an answer")
         self.generation_tokens = metrics.counter("generation_tokens_total", "Tokens generated")
         self.success = metrics.counter(
@@ -41,6 +44,7 @@ class EngineMetrics:
         self.waiting.set(len(scheduler.waiting))
         self.kv_usage.set(1 - scheduler.pool.free / scheduler.pool.blocks)
         self.preemptions.set(scheduler.preemptions)
+        self.overtakes.set(scheduler.overtakes)
 
     def step(self, scheduler: Scheduler, tokens: int) -> None:
         self.iteration_tokens.observe(tokens)

@@ -15,6 +15,8 @@ class Sequence:
     tokens: list[int] = field(init=False)
     computed: int = 0
     told: int = 0  # tokens that the policies have been told of; more than `computed` when it runs some again
+    read_ahead: int = 0  # tokens whose records are there or on their way, as far as that was seen while it waited
+    passed: int = 0  # admissions of later ones before it
     blocks: list[int] = field(default_factory=list)  # block table, in token order
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     started: float | None = None  # first scheduled
