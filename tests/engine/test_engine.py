@@ -425,7 +425,8 @@ def test_the_next_chunks_records_are_read_while_a_chunk_runs(engine_of: OpenEngi
             first = threading.Thread(target=lambda: collect(answers, engine.step()))
             first.start()
             deadline = time.monotonic() + 60
-            while engine.pager._fills.reads < 2 * STEP and time.monotonic() < deadline:
+            disk, fills = engine.pager.disk, engine.pager._fills
+            while (fills.reads < 2 * STEP or disk.peak_outstanding < 2) and time.monotonic() < deadline:
                 time.sleep(0.002)
             on_their_way = set(engine.pager.parts[0].arriving)
             ran = not first.is_alive()

@@ -70,6 +70,7 @@ def test_waiting_for_the_first_part_does_not_wait_for_the_second(grouped: tuple[
         head, _ = (part.slots for part in pager.parts)
         for token in range(head):
             pager.release(pager.acquire([token]))
+        pager.preload([])  # waits for the reads
         lease = pager.acquire([0])
         copied = value(metrics, "tol_fills_total", "host", "demand")
         assert lease.wait(0) == 0.0

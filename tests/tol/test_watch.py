@@ -12,8 +12,9 @@ import pytest
 from tol.tables import flip_byte, make_table, value
 from tolserve.metrics import Metrics
 from tolserve.tol import watch
-from tolserve.tol.table import Table, TableError, TableWriter
+from tolserve.tol.table import Table, TableError
 from tolserve.tol.watch import TableWatch, change_since, stamps_of
+from tolserve.tol.writer import TableWriter
 
 
 def replace(table: Table) -> None:

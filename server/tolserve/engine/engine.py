@@ -178,12 +178,12 @@ class Engine:
         """Pin the step's records, then let the reads of the prompts' next chunks run while this step computes."""
         if self.pager is None:
             return None
-        for chunk in chunks:
-            _tell(self.pager, chunk)
         tokens = [token for chunk in chunks for token in chunk.tokens]
+        lease = self.pager.acquire(_distinct(tokens))  # first, since its reads are what the step may wait for
         if self.recorder is not None:
             self.recorder.runs(tokens)
-        lease = self.pager.acquire(_distinct(tokens))
+        for chunk in chunks:
+            _tell(self.pager, chunk)
         for chunk in chunks:
             following = chunk.sequence.tokens[chunk.end : chunk.end + self.scheduler.max_tokens]
             if following:

@@ -227,10 +227,6 @@ class Pager:
         self._fills.submit()
         return started
 
-    def present(self, token: int) -> bool:
-        """Whether a token's record is in the device tier or on its way there."""
-        return token in self._slot_of
-
     @property
     def prefetched(self) -> int:
         """Records that were prefetched and that no step has asked for yet."""
@@ -238,14 +234,16 @@ class Pager:
 
     @property
     def ahead(self) -> int:
-        """Those of them that are still on their way; a step's own reads stand behind them."""
-        return len(self._unused & self._inflight.keys())
+        """Those of them that are still on their way."""
+        return sum(any(token in part.arriving for part in self.parts) for token in self._unused)
 
     def unneeded(self, tokens: Iterable[int]) -> None:
         """The step that these were prefetched for will not come: from now on they are ordinary records."""
         for token in self._unused.intersection(tokens):
             self._unused.remove(token)
-            self._policy.touch(token)
+            for part in self.parts:
+                if token in part.slot_of:
+                    part.policy.touch(token)
 
     def preload(self, tokens: Iterable[int] | None = None) -> None:
         """Fill free slots with these records, first ones first, and wait until they are there.
