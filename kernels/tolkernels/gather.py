@@ -89,7 +89,7 @@ def _check(data: Tensor, slots: Tensor, residual: Tensor, factor: Tensor | None)
 def _check_layout(data: Tensor, width: int, offset: int, values: str, group_size: int | None) -> None:
     if values not in BITS or (values == "bf16") != (group_size is None):
         raise ValueError(f"values {values!r} with group_size {group_size} are not known")
-    group = group_size or 1
+    group = 1 if group_size is None else group_size
     if group < 1 or width % group or width * BITS[values] % 16:
         raise ValueError(f"group_size {group_size}: it does not divide rows of {width} values into whole scales")
     size = width * BITS[values] // 8 + (2 * width // group if group_size is not None else 0)

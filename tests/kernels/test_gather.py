@@ -86,6 +86,9 @@ def good() -> dict[str, Any]:
         ("offset", -2),
         ("values", "int3"),
         ("group_size", 8),
+        ("factor", torch.zeros(8, 9)),
+        ("factor", torch.zeros(8, 8, dtype=torch.bfloat16)),
+        ("factor", torch.zeros(8)),
         ("offset", 0x7FFFFFFF),
         ("residual", torch.zeros(2, 8)),
         ("residual", torch.zeros(3, 8, dtype=torch.int64)),
@@ -94,6 +97,30 @@ def good() -> dict[str, Any]:
 def test_what_does_not_fit_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         gather_rows(**good() | {name: value})
+
+
+@pytest.mark.parametrize("group_size", [None, 0, -8, 3, 16])
+def test_scales_that_do_not_divide_a_row_are_refused(group_size: int | None) -> None:
+    with pytest.raises(ValueError, match="group_size"):
+        gather_rows(**good() | {"values": "int8", "group_size": group_size})
+
+
+@pytest.mark.parametrize(("values", "size"), [("bf16", 24), ("int8", 14), ("int4", 8)])
+def test_a_row_ends_within_its_slot(values: str, size: int) -> None:
+    """12 values: 24 bytes; 12 and a scale; 6 and a scale."""
+    stream, slots = torch.zeros(2, 12), torch.tensor([1, 0])
+    layout = {"offset": 2, "values": values, "group_size": None if values == "bf16" else 12}
+    gather_rows(torch.zeros(2, 2 + size, dtype=torch.uint8), slots, stream, **layout)
+    with pytest.raises(ValueError, match="does not fit"):
+        gather_rows(torch.zeros(2, 1 + size, dtype=torch.uint8), slots, stream, **layout)
+
+
+def test_a_factor_turns_coordinates_into_a_row() -> None:
+    rows, arena, chosen, _ = case(5, 2, 8, 7, torch.float32, 4)
+    factor, residual = torch.randn(8, 20), torch.randn(7, 20)
+    found = gather_rows(arena, chosen, residual, offset=16, **BF16, factor=factor)
+    expected = residual.double() + rows[chosen, 1].double() @ factor.double()
+    assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
 def test_a_slot_out_of_range_is_an_error_in_the_twin() -> None:
@@ -111,20 +138,40 @@ import sys, torch
 from tolkernels.gather import gather_rows_torch
 from tolkernels.gather_triton import gather_rows_triton
 device = sys.argv[1]
+def compare(kernel, twin, residual):
+    # The interpreter truncates to bfloat16 where hardware rounds: a unit in the last place of the row, and of the sum.
+    row, total = (twin.double() - residual.double()).abs(), twin.double().abs()
+    exact = device == "cuda" or kernel.dtype != torch.bfloat16
+    bound = 0 if exact else 2**-7 * 1.01 * (row + total) + 1e-6
+    assert kernel.dtype == twin.dtype
+    assert ((kernel.double() - twin.double()).abs() <= bound).all()
+ENCODED = [("bf16", None, 2), ("int8", 16, 1), ("int8", 64, 1), ("int4", 16, 0.5), ("int4", 64, 0.5)]
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for width in (1, 64, 960, 1024, 2048, 2051):
-        data = torch.randn(7, 3 * width + 6).to(torch.bfloat16).view(torch.uint8).to(device)
-        slots = torch.randint(7, (5,)).to(device)
-        residual = torch.randn(5, 2 * width).to(dtype).to(device)[:, :width]
-        for layer in range(3):
-            layout = {"offset": 2 * layer * width, "values": "bf16", "group_size": None}
+    for values, group_size, value_bytes in ENCODED:
+        for width in (64, 960, 1024, 2048, 2112) + ((1, 2051) if values == "bf16" else ()):
+            # Random bytes, but for scales and bf16 values, which are to be ordinary numbers.
+            start, end, stride = 38, 38 + int(width * value_bytes), 38 + 3 * width
+            data = torch.randint(256, (7, stride // 2 * 2), dtype=torch.uint8)
+            numbers = data.view(torch.bfloat16)[:, (end if group_size else start) // 2 :]
+            numbers.copy_(torch.randn(numbers.shape))
+            data = data.to(device)
+            slots = torch.randint(7, (5,)).to(device)
+            residual = torch.randn(5, 2 * width).to(dtype).to(device)[:, :width]
+            layout = {"offset": start, "values": values, "group_size": group_size}
             twin = gather_rows_torch(data, slots, residual, **layout)
             kernel = gather_rows_triton(data, slots, residual, **layout)
-            # The interpreter truncates where hardware rounds: one unit in the last place of bfloat16.
-            exact = device == "cuda" or dtype == torch.float32
-            torch.testing.assert_close(kernel, twin, rtol=0 if exact else 2**-7, atol=0 if exact else 1e-6)
+            compare(kernel, twin, residual)
+            assert not torch.equal(kernel, residual)
+            if width > 1000 or dtype == torch.float16:
+                continue
+            # A factor of ones in a diagonal: the row's own numbers again, in the first columns.
+            stream = torch.zeros(5, 2500, dtype=dtype, device=device)
+            factor = torch.eye(width, 2500, dtype=dtype, device=device)
+            twin = gather_rows_torch(data, slots, stream, **layout, factor=factor)
+            kernel = gather_rows_triton(data, slots, stream, **layout, factor=factor)
+            compare(kernel, twin, stream)
     empty = gather_rows_triton(data, slots[:0], residual[:0], **layout)
-    assert empty.shape == (0, 2051)
+    assert empty.shape == (0, 2112)
 """
 
 
@@ -152,3 +199,29 @@ def test_cuda_takes_the_kernel_and_gets_the_twins_bits() -> None:
     _, data, slots, residual = (tensor.cuda() for tensor in case(9, 4, 2048, 33, torch.bfloat16, 3))
     layout = {"offset": 2 * 2 * 2048, **BF16}
     assert torch.equal(gather_rows(data, slots, residual, **layout), gather_rows_torch(data, slots, residual, **layout))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tolkernels.gather_triton import BLOCK, _gather_kernel
+names = _gather_kernel.arg_names
+for bits, row, dtype in ((16, "*bf16", "*fp32"), (8, "*i8", "*bf16"), (4, "*u8", "*fp16")):
+    pointers = {"rows": row, "scales": "*bf16", "slots": "*i64", "residual": dtype, "out": dtype}
+    constants = {"bits": bits, "group": 64, "add": True, "block": BLOCK}
+    signature = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in names}
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=_gather_kernel, signature=signature, constexprs=places)
+    for capability in (75, 80, 86, 89, 90):
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+"""
+
+
+@pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
+def test_the_kernel_compiles_for_every_gpu_it_is_meant_for(tmp_path: Path) -> None:
+    """With Triton's own assembler; no GPU is needed."""
+    kernels = Path(__file__).parents[2] / "kernels"
+    environment = os.environ | {"PYTHONPATH": str(kernels), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
