@@ -6,7 +6,6 @@ started from the token id, so that a record in the wrong place is caught too.
 """
 
 import os
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,13 @@ from tolserve.tol.manifest import (
     file_metadata,
     read_header,
 )
+
+# The same CRC-32, 4 us instead of 25 us for a record of 98,304 bytes: a lone read is delivered after 234 us instead of
+# 287 us. Optional, since the engine also runs on machines that have little more than torch.
+try:
+    from zlib_ng.zlib_ng import crc32
+except ImportError:
+    from zlib import crc32
 
 __all__ = ["ErrorKind", "Manifest", "RecordError", "Table", "TableError", "describe", "verify"]
 
@@ -101,7 +107,7 @@ class Table:
         base = self.manifest.groups[groups.start].offset
         for index in groups:
             group = self.manifest.groups[index]
-            found = zlib.crc32(payload[group.offset - base : group.offset - base + group.bytes].data, token)
+            found = crc32(payload[group.offset - base : group.offset - base + group.bytes].data, token)
             if found != self.checksums[token, index]:
                 raise RecordError(token, "checksum", f"its checksum does not match (layers {group.layers})")
 
