@@ -12,7 +12,8 @@ import mmap
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -42,17 +43,16 @@ class _Iocb(ctypes.Structure):
     )
 
 
-class _Event(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_uint64),
-        ("iocb", ctypes.c_uint64),
-        ("result", ctypes.c_int64),
-        ("result2", ctypes.c_int64),
-    )
-
-
 class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+def _syscall(number: int) -> Callable[..., int]:
+    """The system call of that number with five arguments, integers or addresses; minus one for an error, in errno."""
+    call = ctypes.CDLL(None, use_errno=True)["syscall"]  # another object than anybody else's: its types are ours
+    call.restype = ctypes.c_long
+    call.argtypes = (ctypes.c_long,) * 6
+    return partial(call, number)
 
 
 class ReadAt(NamedTuple):
@@ -75,23 +75,20 @@ class AsyncReader:
         calls = _CALLS.get(platform.machine())
         if sys.platform != "linux" or calls is None or ctypes.sizeof(ctypes.c_void_p) != 8:
             raise OSError(errno.ENOSYS, "no asynchronous reads on this system")
-        setup, self._destroy, self._submit, self._getevents = calls
-        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
-        self._syscall.restype = ctypes.c_long
-        context = ctypes.c_ulong(0)
-        if self._syscall(ctypes.c_long(setup), ctypes.c_long(depth), ctypes.byref(context)) < 0:
+        setup, self._destroy, self._submit, self._getevents = (_syscall(number) for number in calls)
+        self._context = ctypes.c_ulong(0)
+        if setup(depth, ctypes.addressof(self._context), 0, 0, 0) < 0:
             raise OSError(ctypes.get_errno(), "io_setup was refused")
-        self._context = ctypes.c_ulong(context.value)
+        # Huge pages would change nothing: submitting is as fast with small ones.
         memory: Bytes = np.frombuffer(mmap.mmap(-1, buffers * buffer_bytes), np.uint8)
         self.buffers = [memory[first : first + buffer_bytes] for first in range(0, memory.size, buffer_bytes)]
-        self._iocbs = (_Iocb * buffers)()
-        for number, iocb in enumerate(self._iocbs):
-            iocb.data = number
-            iocb.address = memory.ctypes.data + number * buffer_bytes
-        start = ctypes.addressof(self._iocbs)
-        self._addresses = [start + number * ctypes.sizeof(_Iocb) for number in range(buffers)]
+        self._iocbs = [_Iocb(data=n, address=memory.ctypes.data + n * buffer_bytes) for n in range(buffers)]
+        self._addresses = [ctypes.addressof(iocb) for iocb in self._iocbs]
         self._batch = (ctypes.c_void_p * depth)()
-        self._events = (_Event * depth)()
+        self._depth = depth
+        # struct io_event: the iocb's data, its address, the result, a second result
+        self._events = np.zeros((depth, 4), np.int64)
+        self._events_address = self._events.ctypes.data
         self._refused: list[tuple[int, int]] = []
         self.running = 0
 
@@ -102,10 +99,11 @@ class AsyncReader:
             iocb.fd, iocb.offset, iocb.bytes = read.fd, read.offset, read.bytes
             self._batch[index] = self._addresses[read.buffer]
         self.running += len(reads)
-        done = 0
+        done, batch = 0, ctypes.addressof(self._batch)
         while done < len(reads):
-            first = ctypes.byref(self._batch, done * ctypes.sizeof(ctypes.c_void_p))
-            count = self._syscall(ctypes.c_long(self._submit), self._context, ctypes.c_long(len(reads) - done), first)
+            count = self._submit(
+                self._context.value, len(reads) - done, batch + done * ctypes.sizeof(ctypes.c_void_p), 0, 0
+            )
             if count <= 0:
                 self._refused.append((reads[done].buffer, -(ctypes.get_errno() or errno.EAGAIN)))
                 count = 1
@@ -117,21 +115,13 @@ class AsyncReader:
         over, self._refused = self._refused, []
         if over:
             seconds = 0.0
-        timeout = None
-        if seconds is not None:
-            timeout = ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
+        timeout = None if seconds is None else _Timespec(int(seconds), int(seconds % 1 * 1e9))
+        limit = 0 if timeout is None else ctypes.addressof(timeout)
         least = 0 if seconds == 0 else 1
         while self.running > len(over):
-            count = self._syscall(
-                ctypes.c_long(self._getevents),
-                self._context,
-                ctypes.c_long(least),
-                ctypes.c_long(len(self._events)),
-                self._events,
-                timeout,
-            )
+            count = self._getevents(self._context.value, least, self._depth, self._events_address, limit)
             if count >= 0:
-                over += [(event.data, event.result) for event in self._events[:count]]
+                over += [(buffer, got) for buffer, _, got, _ in self._events[:count].tolist()]
                 break
             if ctypes.get_errno() != errno.EINTR:
                 raise OSError(ctypes.get_errno(), f"io_getevents: {os.strerror(ctypes.get_errno())}")
@@ -142,4 +132,4 @@ class AsyncReader:
         """Give the kernel's context back. Not while reads run: it would wait for them without end."""
         if self.running:
             raise RuntimeError(f"{self.running} reads are still running")
-        self._syscall(ctypes.c_long(self._destroy), self._context)
+        self._destroy(self._context.value, 0, 0, 0, 0)

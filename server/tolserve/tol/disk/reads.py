@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ CLOSED = "the table was closed"
 HANGING = "it was still being read when the table was closed"
 
 
-@dataclass(frozen=True)
-class ReadRequest:
+class ReadRequest(NamedTuple):
     """Consecutive layer groups of a record, read as one range of bytes.
 
     `deliver(payload)` is called with the verified bytes of those groups, in the thread that calls `finished` or, for
@@ -38,8 +37,7 @@ class ReadRequest:
     background: bool = False  # nobody waits for it yet
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """How one request went: `error` or `fault` is set if its bytes are not where they were to be delivered."""
 
     token: int
@@ -52,7 +50,7 @@ class Read:
     delivered: Any = None  # what `deliver` returned
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Job:
     """A request on its way: `length` bytes at `offset` of `fd`, whole pages, that cover `size` bytes from `skip` on."""
 
@@ -124,10 +122,9 @@ class ReaderPool:
 
     def over(self, block: bool) -> list[Read]:
         """The reads that are over since the last call; with `block` at least one."""
-        reads: list[Read] = []
-        with suppress(queue.Empty):
-            while True:
-                reads.append(self._over.get(block and not reads))
+        reads = [self._over.get()] if block else []
+        while not self._over.empty():
+            reads.append(self._over.get())
         return reads
 
     def _work(self) -> None:

@@ -20,7 +20,7 @@ from typing import Literal
 from tolserve.tol.disk.aio import AsyncReader, ReadAt
 from tolserve.tol.disk.pagecache import resident_share
 from tolserve.tol.disk.reads import CLOSED, HANGING, Job, Read, ReaderPool, ReadRequest
-from tolserve.tol.manifest import PAGE
+from tolserve.tol.manifest import PAGE, Group
 from tolserve.tol.table import Table, TableError
 
 IO = Literal["direct", "buffered"]
@@ -31,6 +31,18 @@ _BACKGROUND = 8
 CLOSE_SECONDS = 5.0
 # What a file system without O_DIRECT answers, at the opening or at the first read.
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def _extents(groups: Sequence[Group]) -> dict[range, tuple[int, int]]:
+    """First byte in the record, and bytes, of all consecutive groups."""
+    return {
+        range(first, last): (
+            groups[first].offset,
+            groups[last - 1].offset + groups[last - 1].bytes - groups[first].offset,
+        )
+        for first in range(len(groups))
+        for last in range(first + 1, len(groups) + 1)
+    }
 
 
 class DiskSource:
@@ -59,6 +71,7 @@ class DiskSource:
                 # Twice as many buffers as reads: the next reads start before those that are over are checked.
                 self._async = AsyncReader(depth, 2 * depth, buffer_bytes)
         self._pool = ReaderPool(min(depth, _BACKGROUND) if self._async else depth, buffer_bytes)
+        self._extents = _extents(table.manifest.groups)
         self._free = list(range(2 * depth))
         self._reading: dict[int, Job] = {}  # by buffer
         self._waiting: deque[Job] = deque()
@@ -85,6 +98,11 @@ class DiskSource:
         return True
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether reads that are not `background` are asynchronous."""
+        return self._async is not None
+
+    @property
     def peak_outstanding(self) -> int:
         """The most reads that ever were on their way at once, asynchronous or by threads."""
         return max(self._peak, self._pool.peak)
@@ -96,7 +114,7 @@ class DiskSource:
     def describe(self) -> str:
         """How reads are done and what the page cache has to do with it, for people."""
         if self.io == "direct":
-            how = "asynchronous" if self._async else "by threads"
+            how = "asynchronous" if self.asynchronous else "by threads"
             return f"direct reads, {how}, up to {self._depth} at once; the page cache is bypassed"
         share = self.cached_share()
         known = "of unknown state" if share is None else f"which holds {share:.0%} of the table"
@@ -119,20 +137,19 @@ class DiskSource:
         self._start()
 
     def _job(self, request: ReadRequest) -> Job:
-        every, groups = self._table.manifest.groups, request.groups
-        if groups.step != 1 or not 0 <= groups.start < groups.stop <= len(every):
-            raise ValueError(f"{groups} are no consecutive groups of a record with {len(every)}")
-        first, last = every[groups.start], every[groups.stop - 1]
-        size = last.offset + last.bytes - first.offset
+        extent = self._extents.get(request.groups)
+        if extent is None:
+            raise ValueError(f"{request.groups} are no consecutive groups of the table's records")
+        begin, size = extent
         shard, offset = self._table.locate(request.token)
-        offset += first.offset
+        offset += begin
         start = offset // PAGE * PAGE
         length = -(-(offset + size) // PAGE) * PAGE - start
         return Job(self._table, request, self._fds[shard], start, length, offset - start, size)
 
     def _start(self) -> None:
         """Bring as many waiting reads on their way as the depth allows."""
-        if self._async is None:
+        if self._async is None or not self._waiting:
             return
         batch: list[ReadAt] = []
         while self._waiting and self._free and self._async.running + len(batch) < self._depth:
