@@ -36,7 +36,7 @@ def requests(table: Table, seed: int, background: bool = False) -> Iterator[Read
     """Random whole records without end."""
     rng = np.random.default_rng(seed)
     size = table.manifest.record_bytes
-    slots = np.zeros((DESTINATION_BYTES // size, size), np.uint8)
+    slots = np.ones((DESTINATION_BYTES // size, size), np.uint8)  # ones, so that its pages are there already
     groups = range(len(table.manifest.groups))
     slot = 0
     for _ in repeat(None):

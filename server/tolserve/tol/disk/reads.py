@@ -88,9 +88,10 @@ class Job:
         except Exception as fault:  # noqa: BLE001 - it is raised where the read is waited for
             return self.over(fault=fault)
 
-    def over(self, **outcome: Any) -> Read:
+    def over(self, error: RecordError | None = None, fault: Exception | None = None, delivered: object = None) -> Read:
         seconds = time.perf_counter() - self.started if self.started else 0.0
-        return Read(self.request.token, self.request.groups, seconds, self.moved, self.failures, **outcome)
+        token, groups = self.request.token, self.request.groups
+        return Read(token, groups, seconds, self.moved, self.failures, error, fault, delivered)
 
     def given_up(self, why: str) -> Read:
         return self.over(error=RecordError(self.request.token, "io", why))

@@ -24,8 +24,9 @@ from tolserve.tol.manifest import PAGE, Group
 from tolserve.tol.table import Table, TableError
 
 IO = Literal["direct", "buffered"]
+# A disk gives most of its throughput from 8 to 32 reads on, measured in benchmarks/results/disk-cpu.json.
 READ_DEPTH = 32
-# Threads for background reads beside asynchronous ones.
+# Threads for background reads beside asynchronous ones: few, so that the disk has room for those that are waited for.
 _BACKGROUND = 8
 # A disk that is slow for seconds still gets to finish; one that hangs does not keep the process from ending.
 CLOSE_SECONDS = 5.0
@@ -152,9 +153,10 @@ class DiskSource:
         if self._async is None or not self._waiting:
             return
         batch: list[ReadAt] = []
+        now = time.perf_counter()
         while self._waiting and self._free and self._async.running + len(batch) < self._depth:
             job, buffer = self._waiting.popleft(), self._free.pop()
-            job.started = job.started or time.perf_counter()
+            job.started = job.started or now
             self._reading[buffer] = job
             batch.append(ReadAt(buffer, job.fd, job.offset, job.length))
         if batch:
