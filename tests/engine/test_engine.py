@@ -1,8 +1,6 @@
 """The engine over real tables: the same answers whatever the tiers, the batch or the interruptions."""
 
 import random
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from engine.driver import (
     submit,
 )
 from tiny import tiny_config
-from tol.tables import HeldTable, value
+from tol.tables import value
 from tolserve.engine.engine import Engine
 from tolserve.engine.request import Request, TokenLogprob
 from tolserve.model.checkpoint import load_transformer
@@ -409,33 +407,4 @@ def test_what_cannot_be_served_is_refused_and_harms_nobody(engine_of: OpenEngine
         answers = finish(engine)
         assert answers.keys() == {"good", "second"}
         assert answers["good"].text == alone["good"].text
-        assert_idle(engine)
-
-
-def test_the_next_chunks_records_are_read_while_a_chunk_runs(engine_of: OpenEngine) -> None:
-    """Reads are held back, so the first chunk cannot have run when the second one's are seen to be on their way."""
-    with engine_of(device_cache="64", max_num_batched_tokens=STEP, tol_io="buffered") as engine:
-        assert engine.pager is not None
-        table = HeldTable(engine.pager.table)
-        engine.pager.disk._table = table
-        prompt = list(range(100, 100 + 4 * STEP))
-        submit(engine, [request("r", prompt, 2)])
-        answers: Answers = {}
-        with table.held() as go:
-            first = threading.Thread(target=lambda: collect(answers, engine.step()))
-            first.start()
-            deadline = time.monotonic() + 60
-            disk, fills = engine.pager.disk, engine.pager._fills
-            while (fills.reads < 2 * STEP or disk.peak_outstanding < 2) and time.monotonic() < deadline:
-                time.sleep(0.002)
-            on_their_way = set(engine.pager.parts[0].arriving)
-            ran = not first.is_alive()
-            go.set()
-            first.join()
-        assert not ran
-        assert on_their_way == set(prompt[: 2 * STEP])
-        finish(engine, answers)
-        assert len(answers["r"].tokens) == 2
-        assert value(engine.registry, "tol_fills_total", "disk", "prefetch") == 3 * STEP
-        assert engine.pager.disk.peak_outstanding > 1
         assert_idle(engine)

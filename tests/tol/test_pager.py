@@ -274,6 +274,24 @@ def test_prefetch_evicts_neither_pinned_nor_unused_records(small: tuple[Table, R
         assert pager.prefetch([6, 7, 8, 9]) == 4  # all were used by now
 
 
+def test_prefetched_records_that_are_not_needed_any_more_are_ordinary_ones(small: tuple[Table, Records]) -> None:
+    table = HeldTable(small[0])
+    with open_pager(table, 3) as (pager, metrics):
+        with table.held():
+            pager.prefetch([0, 1])
+            assert (pager.prefetched, pager.ahead) == (2, 2)
+            assert [pager.present(token) for token in range(3)] == [True, True, False]
+            pager.unneeded([1, 5])
+            assert (pager.prefetched, pager.ahead) == (1, 1)
+        wait_for_reads(pager)
+        assert (pager.prefetched, pager.ahead) == (1, 0)
+        assert pager.prefetch([3, 4, 5]) == 2, "a free slot, and that of 1"
+        wait_for_reads(pager)
+        assert not pager.present(1)
+        pager.release(pager.acquire([0, 3, 4]))
+        assert_idle(pager, metrics)
+
+
 def test_prefetch_keeps_what_is_there_and_wanted(small: tuple[Table, Records]) -> None:
     with open_pager(small[0], 3) as (pager, _):
         pager.release(pager.acquire([0, 1, 2]))

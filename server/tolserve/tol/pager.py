@@ -7,6 +7,7 @@ aside for them; it notices their arrival (`poll`) and only then counts and maps 
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from itertools import chain
 
 from tolserve.metrics import Metrics
 from tolserve.tol.arena import Device, DeviceArena
@@ -230,20 +231,22 @@ class Pager:
     @property
     def prefetched(self) -> int:
         """Records that were prefetched and that no step has asked for yet."""
-        return len(self._unused)
+        return len(self._coming())
 
     @property
     def ahead(self) -> int:
-        """Those of them that are still on their way."""
-        return sum(any(token in part.arriving for part in self.parts) for token in self._unused)
+        """Those of them that are still on their way: the step that asks for them will wait."""
+        return len(self._coming().intersection(chain.from_iterable(part.arriving for part in self.parts)))
+
+    def _coming(self) -> set[int]:
+        return self._unused.difference(*(lease.tokens for lease in self._leases))
 
     def unneeded(self, tokens: Iterable[int]) -> None:
         """The step that these were prefetched for will not come: from now on they are ordinary records."""
-        for token in self._unused.intersection(tokens):
+        for token in self._coming().intersection(tokens):
             self._unused.remove(token)
             for part in self.parts:
-                if token in part.slot_of:
-                    part.policy.touch(token)
+                part.policy.touch(token)
 
     def preload(self, tokens: Iterable[int] | None = None) -> None:
         """Fill free slots with these records, first ones first, and wait until they are there.
