@@ -160,7 +160,7 @@ def test_a_plan_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--policy", "static"], 2, "--policy static needs --frequencies"),
         (["--device-cache", "0"], 1, "--device-cache 0"),
         (["--encoding", "lowrank"], 1, "table build"),
-        (["--encoding", "int3"], 1, "int3"),
+        (["--encoding", "int3"], 2, "int3"),
         (["--table", str(tmp_path)], 1, "manifest"),
     ):
         assert main([*argv[:3], *words]) == status

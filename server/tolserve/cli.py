@@ -219,11 +219,11 @@ def table_plan(settings: TablePlanSettings) -> None:
     config = ModelConfig.load(settings.model)
     shared = set(EngineSettings.__dataclass_fields__) - {"device_cache"}
     engine = EngineSettings(**settings.model_dump(mode="json", include=shared))
-    held = vars(footprint(engine, config))
+    table = ready_table(engine, settings.model, config, settings.encoding) if config.has_memory else None
+    held = vars(footprint(engine, config, table))
     shown = ("ffn_variant", "num_hidden_layers", "hidden_size", "vocab_size")
     model = {"path": str(settings.model)} | {name: getattr(config, name) for name in shown}
     if config.has_memory:
-        table = ready_table(engine, settings.model, config, settings.encoding)
         if table is not None:
             shape = TableShape.of(table)
         else:

@@ -351,7 +351,9 @@ class TablePlanSettings(Options):
     sequences: SequenceCounts = Field((1, 32), description="sequences in a step, one or several, as 1,32")
     step_ms: PositiveFloat | None = Field(None, description="a step without stall; a GPU's if not given: 1 to 2 ms")
     policy: PolicyName = Field("lru", description="which record leaves a full cache")
-    encoding: str | None = Field(None, description="encoding of the table; that of the table there is, else bf16")
+    encoding: EncodingName | None = Field(
+        None, description="the table's encoding; that of one that is there, else bf16"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
     max_num_seqs: Positive = Field(32, description="as of `serve`; sizes the keys and values, as the next two")
     max_model_len: Positive | None = Field(None, description="tokens of prompt and answer together; the model's limit")

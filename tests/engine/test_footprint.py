@@ -14,11 +14,12 @@ from tiny import tiny_config
 from tolserve.cli import main
 from tolserve.engine.config import EngineSettings
 from tolserve.engine.footprint import footprint, ready_table
-from tolserve.model.build import build_table, export
+from tolserve.model.build import BuildOptions, build_table, export
 from tolserve.model.checkpoint import CheckpointError
 from tolserve.model.config import FfnVariant, ModelConfig
 from tolserve.settings import DEMO_MODEL
-from tolserve.tol.table import TableError
+from tolserve.tol.factors import read_factors
+from tolserve.tol.table import Table, TableError
 
 
 def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
@@ -66,13 +67,37 @@ def test_weights_and_kv_of_every_kind(
 ) -> None:
     model_dir = model_dir_of(tiny_config(variant, tie_word_embeddings=tied))
     settings = EngineSettings(model=str(model_dir), cache_dir=str(cache_dir), device="cpu")
-    said = footprint(settings, ModelConfig.load(model_dir))
+    said = footprint(settings, ModelConfig.load(model_dir), None)
     with open_engine(model_dir, cache_dir) as engine:
         model = engine.runner.model
         ends = [model.model.embed_tokens.weight, *([] if model.lm_head is None else [model.lm_head.weight])]
         assert said.embedding == sum(weight.nbytes for weight in ends)
         assert said.layers == sum(p.nbytes for p in model.parameters()) - said.embedding
         assert said.kv == engine.runner.kv.data.nbytes
+
+
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_a_table_of_another_encoding_is_as_planned(
+    model_dir_of: Callable[[ModelConfig], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    model_dir = model_dir_of(tiny_config(hidden_size=64))
+    argv = [str(model_dir), "--cache-dir", str(tmp_path), "--encoding", encoding, "--device-cache", "50"]
+    before = planned(capsys, *argv)
+    with open_engine(model_dir, tmp_path, tol_encoding=encoding, device_cache="50") as engine:
+        assert engine.pager is not None
+        held = sum(part.arena.data.nbytes for part in engine.pager.parts)
+        assert {row["device_bytes"] for row in before["rows"] if row["slots"] == 50} == {held}
+    assert planned(capsys, *argv)["table"] == before["table"] | {"path": str(engine.pager.table.path)}
+
+
+def test_the_factors_of_a_lowrank_table_count(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_table(tiny_model_dir, tmp_path / "table", BuildOptions(rank=8))
+    plan = planned(capsys, str(tiny_model_dir), "--table", str(tmp_path / "table"), "--dtype", "bfloat16")
+    assert plan["table"]["encoding"] == "lowrank"
+    table = Table.open(tmp_path / "table")
+    assert plan["memory"]["factors"] == read_factors(table.path, table.manifest).values.nbytes == 2 * 8 * 32 * 2
 
 
 def ready(model_dir: Path, cache: Path, encoding: str | None = None, table: Path | None = None) -> Path | None:

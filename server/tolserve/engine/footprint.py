@@ -25,22 +25,28 @@ class Footprint:
     embedding: int  # and the output head, where it is not tied
     kv: int
     kv_tokens: int
+    factors: int  # of a lowrank table
 
 
-def footprint(settings: EngineSettings, config: ModelConfig) -> Footprint:
-    """Raises SettingsError for settings that do not fit the model or the machine."""
+def footprint(settings: EngineSettings, config: ModelConfig, table: Table | None) -> Footprint:
+    """`table` is the one to be served from, None if there is none yet.
+
+    Raises SettingsError for settings that do not fit the model or the machine.
+    """
     dtype = choose_dtype(settings.dtype, choose_device(settings.device))
     with torch.device("meta"):
         model = Transformer(config, with_memory=False)
     sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in model.named_parameters()}
     embedding = sum(size for name, size in sizes.items() if "embed_tokens" in name or name.startswith("lm_head"))
     blocks = kv_blocks(settings, config, dtype, longest_context(settings, config))
+    ranks = (table.manifest.encoding.ranks if table is not None else None) or ()
     return Footprint(
         dtype=str(dtype).removeprefix("torch."),
         layers=sum(sizes.values()) - embedding,
         embedding=embedding,
         kv=blocks * KVCache.bytes_per_block(config, BLOCK_SIZE, dtype),
         kv_tokens=blocks * BLOCK_SIZE,
+        factors=sum(ranks) * config.hidden_size * dtype.itemsize,
     )
 
 

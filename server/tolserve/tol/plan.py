@@ -10,19 +10,19 @@ import numpy as np
 
 from tolserve.tol.arena import ALIGNMENT
 from tolserve.tol.disk import DiskSource, Read, ReadRequest
-from tolserve.tol.encoding import Encoding, EncodingError, values_of
+from tolserve.tol.encoding import GROUP_SIZE, Encoding, EncodingError, values_of
 from tolserve.tol.estimate import Demand
-from tolserve.tol.manifest import PAGE, record_stride
+from tolserve.tol.manifest import Manifest
 from tolserve.tol.part import SPARE_SHARE
 from tolserve.tol.size import parse_cache_size
 from tolserve.tol.table import Bytes, Table
+from tolserve.tol.writer import lay_out
 
 # Together about a second. At 0.1 ms a read each is some thousands of reads, of which the 99th percentile is steady.
 _MEASURE_SECONDS = 0.5
 _OUTSTANDING = 8  # about a step's misses at the cache sizes that save memory
 # A GPU's step of the 1B shape: 1 ms alone, 2 ms with 32 sequences, taken as a straight line between.
 _STEP_MS, _STEP_MS_PER_SEQUENCE = 1.0, 1 / 31
-_GROUP_SIZE = 64
 _SHARES = (0.01, 0.05, 0.1, 0.2)
 
 PROCESS_NOTE = "The two processes themselves take about 0.5 GB of RAM more."
@@ -47,27 +47,36 @@ class TableShape:
 
     @classmethod
     def of(cls, table: Table) -> "TableShape":
-        manifest = table.manifest
-        record_bytes, stride = manifest.record_bytes, manifest.record_stride
-        return cls._of(str(table.path), manifest.encoding.name, manifest.vocab_size, record_bytes, stride)
+        return cls._of(table.manifest, str(table.path))
 
     @classmethod
     def to_be_built(cls, name: str, *, vocab_size: int, num_hidden_layers: int, hidden_size: int) -> "TableShape":
-        """As `tolserve table build` would write it. Raises EncodingError for an encoding that does not fit, and for a
-        lowrank one, whose ranks only a build knows."""
+        """As a start would build it. Raises TableError for an encoding that does not fit, EncodingError for a lowrank
+        one, whose ranks only a build knows."""
         values, lowrank = values_of(name)
         if lowrank:
             raise EncodingError(f"encoding {name} has ranks that only a build knows; run `tolserve table build` first")
-        encoding = Encoding(values, None if values == "bf16" else _GROUP_SIZE)
-        record_bytes = sum(map(encoding.row_bytes, encoding.widths(num_hidden_layers, hidden_size)))
-        return cls._of(None, encoding.name, vocab_size, record_bytes, record_stride(record_bytes))
+        encoding = Encoding(values, None if values == "bf16" else GROUP_SIZE)
+        manifest = lay_out(
+            vocab_size=vocab_size,
+            num_layers=num_hidden_layers,
+            hidden_size=hidden_size,
+            fingerprint="none yet",
+            encoding=encoding,
+        )
+        return cls._of(manifest, None)
 
     @classmethod
-    def _of(cls, path: str | None, encoding: str, vocab_size: int, record_bytes: int, stride: int) -> "TableShape":
-        begins = np.arange(vocab_size, dtype=np.int64) * stride
-        pages = -(-(begins + record_bytes) // PAGE) - begins // PAGE
-        slot_bytes = -(-record_bytes // ALIGNMENT) * ALIGNMENT
-        return cls(path, encoding, vocab_size, record_bytes, stride, float(pages.mean()) * PAGE, slot_bytes)
+    def _of(cls, manifest: Manifest, path: str | None) -> "TableShape":
+        return cls(
+            path,
+            manifest.encoding.name,
+            manifest.vocab_size,
+            manifest.record_bytes,
+            manifest.record_stride,
+            manifest.read_bytes(range(len(manifest.groups))),
+            -(-manifest.record_bytes // ALIGNMENT) * ALIGNMENT,
+        )
 
     def slots(self, size: str) -> int:
         """Records of a cache size, as the server counts them. Raises PlanError for one that cannot be."""
@@ -145,11 +154,12 @@ class Memory:
     embedding: int
     kv: int
     kv_tokens: int
+    factors: int  # of a lowrank table
     host_cache: int = 0
 
     @property
     def total(self) -> int:
-        return self.layers + self.embedding + self.kv + self.host_cache
+        return self.layers + self.embedding + self.kv + self.factors + self.host_cache
 
 
 @dataclass(frozen=True)
@@ -283,6 +293,7 @@ def render(plan: Plan) -> str:
         f"memory  attention and norms        {amount(memory.layers):>9}  {memory.dtype}",
         f"        embedding and output head  {amount(memory.embedding):>9}  {memory.dtype}",
         f"        keys and values            {amount(memory.kv):>9}  room for {memory.kv_tokens:,} tokens",
+        f"        factors of the table       {amount(memory.factors):>9}  of a lowrank one",
         f"        host cache                 {amount(memory.host_cache):>9}  in RAM",
         f"        together                   {amount(memory.total):>9}  and the device cache",
     ]
