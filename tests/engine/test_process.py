@@ -1,13 +1,16 @@
-"""What the engine process does before it says that it is ready."""
+"""What the engine process does before it says that it is ready, and what it leaves when it ends."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 
-from engine.driver import OpenEngine
+from engine.driver import OpenEngine, finish, request, submit
 from tolserve.engine.engine import Engine
 from tolserve.engine.process import warm_up
 from tolserve.metrics import Metric
+from tolserve.tol.frequencies import read_frequencies
+from tolserve.tol.replay import Trace
 
 
 def counted(engine: Engine) -> list[Metric]:
@@ -24,3 +27,27 @@ def test_a_warm_up_runs_the_model_and_counts_nothing(engine_of: OpenEngine, max_
         assert engine.pager is not None
         assert engine.pager.view(16).used > 0
         engine.pager.check()
+
+
+def test_what_ran_is_recorded_once_whatever_became_of_its_sequence(engine_of: OpenEngine, tmp_path: Path) -> None:
+    """Finished, aborted after a preemption, still running at the end, never run; and no warm-up."""
+    files = {"tol_trace": str(tmp_path / "t.npz"), "tol_save_frequencies": str(tmp_path / "c.npz")}
+    with engine_of(device_cache="20", max_num_seqs=1, max_num_batched_tokens=4, **files) as engine:
+        warm_up(engine)
+        submit(engine, [request("finished", [11, 12, 13], 1)])
+        finish(engine)
+        submit(engine, [request("preempted", range(20, 30), 5)])
+        engine.step()
+        (sequence,) = engine.scheduler.running
+        engine.scheduler._preempt(sequence)
+        engine.abort("preempted")
+        submit(engine, [request("running", range(40, 50), 5), request("waiting", [60], 1)])
+        engine.step()
+        engine.finish()
+    trace = Trace.load(tmp_path / "t.npz")
+    sequences = [trace.documents([d]).tokens.tolist() for d in range(len(trace.offsets) - 1)]
+    assert sequences == [[11, 12, 13], [20, 21, 22, 23], [40, 41, 42, 43]]
+    counts = read_frequencies(tmp_path / "c.npz", 300)
+    assert {token: n for token, n in enumerate(counts.tolist()) if n} == dict.fromkeys(
+        (t for s in sequences for t in s), 1
+    )

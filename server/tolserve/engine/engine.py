@@ -91,7 +91,7 @@ class Engine:
                 self.pager.end(request_id)
                 self.pager.unneeded(sequence.tokens[sequence.computed :])
             if self.recorder is not None:
-                self.recorder.ended(sequence.tokens[: sequence.computed])
+                self.recorder.ended(sequence.tokens[: sequence.told])
 
     def refresh_metrics(self) -> None:
         """Bring gauges up to date between steps, finished fills included."""
