@@ -164,7 +164,7 @@ def run(raw: dict[str, Any], pulse: Pulse) -> int:
         settings = EngineSettings.from_json(raw)
         use_threads(settings.threads)
         engine = assemble(settings)
-    except (ConfigError, CheckpointError, TableError, SettingsError, ValueError) as error:
+    except (ConfigError, CheckpointError, TableError, RecordError, SettingsError, ValueError, MemoryError) as error:
         log.error("%s", error)
         return 2
     try:
