@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from faulty_fs import Fault, Injected, Mount, MountOver
-from tol.tables import Records, bytes_in, make_table, open_pager, shard_file, value
+from tol.tables import Records, assert_bytes, make_table, open_pager, shard_file, value
 from tolserve.metrics import Metrics
-from tolserve.tol.pager import Lease, Pager, RecordsUnavailable
-from tolserve.tol.table import Table, TableError
+from tolserve.tol.pager import Pager, RecordsUnavailable
+from tolserve.tol.table import RecordError, Table, TableError
 
 V = 40
 BAD = 13
@@ -53,15 +53,11 @@ class Bench:
         lease = self.pager.acquire(tokens)
         try:
             waited = lease.wait()
-            self.compare(lease)
+            assert_bytes(self.pager, lease, self.records)
         finally:
             self.pager.release(lease)
             self.pager.check()
         return waited
-
-    def compare(self, lease: Lease) -> None:
-        for token, slot in lease.slot_of.items():
-            assert np.array_equal(bytes_in(self.pager.arena, slot), self.records[token]), f"token {token}"
 
     def refused(self, *tokens: int) -> RecordsUnavailable:
         with pytest.raises(RecordsUnavailable) as caught:
@@ -144,7 +140,7 @@ def test_a_slow_read_holds_up_nobody_who_does_not_need_it(bench: Bench) -> None:
     assert BAD not in lease.hits
     bench.mount.clear()
     lease.wait()
-    bench.compare(lease)
+    assert_bytes(bench.pager, lease, bench.records)
     bench.pager.release(lease)
     assert value(bench.metrics, "tol_misses_total", "inflight") == 1
 
@@ -184,12 +180,14 @@ def test_a_file_system_that_goes_away_leaves_what_is_cached(mount_over: MountOve
         bench.read(*FINE)
 
 
-def test_records_in_the_host_tier_outlive_the_disk(mount_over: MountOver, tmp_path: Path) -> None:
-    with open_bench(mount_over(tmp_path), tmp_path / "t", 4, V) as bench:
-        for token in range(V):
+@pytest.mark.parametrize("kept", [V, V - 4])
+def test_records_in_the_host_tier_outlive_the_disk(mount_over: MountOver, tmp_path: Path, kept: int) -> None:
+    """In a whole table, which is read at the start, and in a bounded tier."""
+    with open_bench(mount_over(tmp_path), tmp_path / "t", 4, kept) as bench:
+        for token in range(kept):
             bench.read(token)
         bench.mount.die()
-        for token in range(V):
+        for token in range(kept):
             bench.read(token)
         assert value(bench.metrics, "tol_read_errors_total") == 0
 
@@ -228,6 +226,19 @@ def test_an_error_at_the_opening_names_the_file(mount: Mount, intact: Path, file
     assert fault.fired == 1
     mount.clear()
     Table.open(mount.at(intact))
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_whole_table_in_host_memory_has_no_hole(mount: Mount, tmp_path: Path, kind: str) -> None:
+    make_table(tmp_path / "t", V, "page")
+    table = Table.open(mount.at(tmp_path / "t"))
+    fault = mount.inject(over(table, FAULTS[kind]))
+    with pytest.raises(RecordError, match=f"record of token {BAD}: "), open_pager(table, 4, V):
+        pass
+    assert fault.fired >= 2
+    mount.clear()
+    with open_pager(table, 4, V):
+        pass
 
 
 @pytest.mark.parametrize("io", ["direct", "buffered"])

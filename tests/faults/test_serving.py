@@ -1,6 +1,7 @@
 """A real server whose table lies on a disk that misbehaves: what clients get, and what the server says of itself."""
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -225,26 +226,26 @@ def test_a_start_that_meets_a_fault_ends_with_a_line_that_names_it(
     mount: Mount, paged_model: Path, whole_table: Path, tmp_path: Path
 ) -> None:
     """An I/O error where the reader opens the shard, after the header was read; one in the weights, which are mapped,
-    so that it is a signal; and a manifest that is none."""
-    garbage = tmp_path / "garbage"
-    garbage.mkdir()
-    (garbage / "manifest.json").write_bytes(os.urandom(200))
-    shard = Table.open(whole_table).manifest.shards[0].file
-    bad_shard = mount.inject(Fault("open", "error", f"{whole_table.name}/{shard}", after=1))
-    bad_weights = mount.inject(Fault("read", "error", "model.safetensors", first=1 << 16))
+    so that it is a signal; and one in a record that must be there, since all of the table is to lie in host memory."""
+    copy = shutil.copytree(whole_table, tmp_path / "copy")
+    file, offset = shard_file(Table.open(copy), BAD)
+    faults = [
+        mount.inject(Fault("open", "error", f"{whole_table.name}/{file.name}", after=1)),
+        mount.inject(Fault("read", "error", "model.safetensors", first=1 << 16)),
+        mount.inject(Fault("read", "error", f"copy/{file.name}", offset, offset + 1)),
+    ]
     expected = {
-        (paged_model, mount.at(whole_table)): f"{shard} cannot be read: [Errno 5] Input/output error",
+        (paged_model, mount.at(whole_table)): f"{file.name} cannot be read: [Errno 5] Input/output error",
         (mount.at(paged_model), whole_table): "killed by SIGBUS; a mapped file could not be read",
-        (paged_model, garbage): "manifest.json is not JSON",
+        (paged_model, mount.at(copy), "--host-cache", "100%"): f"record of token {BAD}: [Errno 5] Input/output error",
     }
     started = []
-    for model, table in expected:
-        argv = tolserve("serve", str(model), "--table", str(table), "--port", "0", "--log-format", "text")
+    for model, table, *options in expected:
+        argv = tolserve("serve", str(model), "--table", str(table), "--port", "0", "--log-format", "text", *options)
         started.append(subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, text=True))
     for process, message in zip(started, expected.values(), strict=True):
         said = process.communicate(timeout=110)[1]
         assert process.returncode == 1
         assert message in said
         assert "Traceback" not in said
-    assert bad_shard.fired == 1
-    assert bad_weights.fired > 0
+    assert all(fault.fired for fault in faults)
