@@ -60,6 +60,7 @@ class Pager:
         self._head_factor, self._io, self._read_depth = head_factor, io, read_depth
         self._count = Counters(metrics)
         self._leases: list[Lease] = []
+        self._untold: list[tuple[Hashable, Sequence[int]]] = []  # what the policies have not heard of yet
         self._unused: set[int] = set()  # prefetched and not asked for yet
         self._uses: Counter[int] = Counter()  # steps that asked for the record since it came in
         self._last_step: dict[int, None] = {}  # tokens of the lease released last
@@ -112,13 +113,20 @@ class Pager:
     def advance(self, sequence: Hashable, tokens: Sequence[int]) -> None:
         """Tell the policies that the step at hand runs these tokens of a sequence, all, in order.
 
-        A token that runs again, in a step after a failed one or after a preemption, is told once.
+        A token that runs again, in a step after a failed one or after a preemption, is told once. The policies hear of
+        it before they next name a victim, as a rule when the step is released: its reads are started first.
         """
-        for policy in self._policies():
-            policy.advance(sequence, tokens)
+        self._untold.append((sequence, tokens))
+
+    def _tell(self) -> None:
+        for policy in self._policies() if self._untold else ():
+            for sequence, tokens in self._untold:
+                policy.advance(sequence, tokens)
+        self._untold.clear()
 
     def end(self, sequence: Hashable) -> None:
         """Tell the policies that a sequence is over; one that never ran is no error."""
+        self._tell()
         for policy in self._policies():
             policy.end(sequence)
 
@@ -179,6 +187,8 @@ class Pager:
 
     def _demand(self, lease: Lease, absent: dict[int, list[int]]) -> None:
         """Start the fills of a step's missing records; what lies in the host tier is copied by `bring`."""
+        if self.host.policies():
+            self._tell()  # a bounded host tier names a victim for each read that it keeps
         try:
             for token, parts in absent.items():
                 while not all(self._room(self.parts[index], self._evictable) for index in parts):
@@ -299,6 +309,7 @@ class Pager:
             return
         for fill in lease.fills:
             self._fills.copy(fill)
+        self._tell()
         self._leases.remove(lease)
         self._last_step = lease.tokens
         self._unused.difference_update(lease.tokens)
@@ -349,6 +360,7 @@ class Pager:
 
     def _evict(self, part: Part, evictable: Callable[[int], bool]) -> bool:
         """Evict one record from a part; False when none may be."""
+        self._tell()
         victim = part.policy.victim(lambda token: token not in part.arriving and evictable(token))
         if victim is None:
             return False
