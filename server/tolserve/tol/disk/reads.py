@@ -81,7 +81,8 @@ class Job:
             if len(self.failures) == ATTEMPTS:
                 return self.over(error=error)
             # Wrong bytes may lie in the page cache alone: the next attempt must come from below it.
-            os.posix_fadvise(self.fd, self.offset, self.length, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):
+                os.posix_fadvise(self.fd, self.offset, self.length, os.POSIX_FADV_DONTNEED)
             return None
         try:
             return self.over(delivered=self.request.deliver(payload))
