@@ -146,9 +146,10 @@ def test_the_next_chunks_records_are_read_while_a_chunk_runs(engine_of: OpenEngi
             first = threading.Thread(target=lambda: collect(answers, engine.step()))
             first.start()
             deadline = time.monotonic() + 60
-            while len(engine.pager.parts[0].arriving) < 2 * STEP and time.monotonic() < deadline:
+            arriving, disk = engine.pager.parts[0].arriving, engine.pager.disk
+            while (len(arriving) < 2 * STEP or disk.peak_outstanding < 2) and time.monotonic() < deadline:
                 time.sleep(0.002)
-            on_their_way = set(engine.pager.parts[0].arriving)
+            on_their_way = set(arriving)
             ran = not first.is_alive()
             go.set()
             first.join()
