@@ -146,7 +146,7 @@ def test_memory_that_is_not_there_changes_nothing(living: Running, undisturbed: 
     with living.http() as client:
         resource.prlimit(engine, resource.RLIMIT_AS, (1 << 20, unlimited[1]))  # no page more than it has
         try:
-            refused = client.post("/v1/tol/cache", json={"host_cache": "100%"})
+            refused = client.post("/v1/tol/cache", json={"host_cache": "90%"})
         finally:
             resource.prlimit(engine, resource.RLIMIT_AS, unlimited)
         assert refused.status_code == 507, refused.text
