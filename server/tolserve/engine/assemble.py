@@ -34,10 +34,11 @@ BLOCK_SIZE = 16  # tokens; vLLM's default: half a block is wasted per sequence, 
 AUTO_KV_BYTES = 2 * 2**30
 
 # Records that prompts may miss in a step that decodes, and as many may be on their way from earlier steps. A cold read
-# takes .1 ms (98,304 bytes at 1 GB/s; small records hardly less), so that decodes wait for at most 1.6 ms longer on
-# CUDA, where a step takes 1-2 ms. On the CPU a step takes 100 ms at the 1B shape, and a prompt's token computes for
-# longer than its record is read: XXX
-_MAX_FILLS = {"cpu": 128, "cuda": 8}
+# takes about .1 ms (98,304 bytes at 1 GB/s; small records hardly less). On CUDA decodes then wait for 1.6 ms longer at
+# most, about a step's own 1-2 ms; on the CPU for 6.4 ms of a step's 4 (demo model) to 100 (1B shape). There a smaller
+# budget costs more than it saves: with 8 the demo model's cold prompts took twice as long to their first token, with
+# 32 no longer than with 128 (benchmarks/arrivals.py).
+_MAX_FILLS = {"cpu": 32, "cuda": 8}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
