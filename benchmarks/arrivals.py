@@ -5,8 +5,8 @@
 Four sequences decode. Prompts of other texts come in pairs, each pair when the one before has its first tokens, and run
 one at a time, so that the second of a pair waits behind the first. The device tier holds 5% of the records, direct I/O
 leaves the page cache out. Each run is added to the results under its label: to compare two versions of the server run
-the script in turns, with `PYTHONPATH=OTHER/server:OTHER/kernels`. `--disk-ms` makes each read take longer, as on a
-slower disk. Inter-token times are those of steps while a prompt is there.
+the script in turns, with `PYTHONPATH=OTHER/server:OTHER/kernels`. Inter-token times are those of steps while a prompt
+is there.
 """
 
 import argparse
@@ -100,20 +100,6 @@ def totals(engine: Engine) -> dict[str, float]:
     return {m.name.removeprefix("tolserve_"): sum(s.value for s in m.samples) for m in engine.registry.snapshot()}
 
 
-def slow_down(engine: Engine, seconds: float) -> None:
-    """Let each read take longer, in its reader thread."""
-    table = engine.pager.table if engine.pager else None
-    if table is None:
-        raise ValueError("--disk-ms: the model has no table")
-    check = table.check
-
-    def later(*args: Any) -> None:
-        time.sleep(seconds)
-        check(*args)
-
-    table.check = later  # type: ignore[method-assign]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -121,7 +107,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--max-fills", type=int, help="instead of the server's own")
-    parser.add_argument("--disk-ms", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--label", required=True)
     parser.add_argument("--out", type=Path)
@@ -133,8 +118,6 @@ def main() -> None:
         )
         if args.max_fills is not None:
             engine.scheduler.max_fills = args.max_fills
-        if args.disk_ms:
-            slow_down(engine, args.disk_ms / 1000)
         result = run(engine, texts(args.model, args.text, args.tokens), args.pairs)
         engine.close()
     report: dict[str, Any] = machine()
