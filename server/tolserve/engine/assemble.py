@@ -35,10 +35,10 @@ AUTO_KV_BYTES = 2 * 2**30
 
 # Records that prompts may miss in a step that decodes, and as many may be on their way from earlier steps. A cold read
 # takes about .1 ms (98,304 bytes at 1 GB/s; small records hardly less). On CUDA decodes then wait for 1.6 ms longer at
-# most, about a step's own 1-2 ms; on the CPU for 6.4 ms of a step's 4 (demo model) to 100 (1B shape). There a smaller
-# budget costs more than it saves: with 8 the demo model's cold prompts took twice as long to their first token, with
-# 32 no longer than with 128 (benchmarks/arrivals.py).
-_MAX_FILLS = {"cpu": 32, "cuda": 8}
+# most, about a step's own 1-2 ms; on the CPU for 26 ms of the 1B shape's 100. The demo model's steps are shorter, but
+# there a prompt computes as long as it reads, and smaller pieces only delay it: with 32, 64, 128 its cold prompts took
+# 1.5, 1.2, 0.8 times as long to their first token as without a budget (benchmarks/arrivals.py, a busy machine).
+_MAX_FILLS = {"cpu": 128, "cuda": 8}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

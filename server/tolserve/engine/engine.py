@@ -196,8 +196,8 @@ class Engine:
     def _read_ahead(self, pager: Pager, chunks: list[Chunk]) -> None:
         """Prefetch what running sequences ask for next, then the first chunks of waiting ones, in order.
 
-        A decode's own read stands behind those that were started before it. So where a sequence will decode in the
-        next step, no more are on their way than the step may fill, and for waiting ones never.
+        A step waits for what is on its way to it, and its own reads share the disk with the rest. So where a sequence
+        will decode in the next step, no more are on their way than the step may fill, and for waiting ones never.
         """
         scheduler = self.scheduler
         bound = scheduler.max_fills if any(chunk.samples for chunk in chunks) else pager.slots

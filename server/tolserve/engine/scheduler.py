@@ -36,7 +36,7 @@ class Scheduler:
         max_tokens: int,
         max_distinct: int | None,
         present: Present | None = None,
-        max_fills: int = 32,
+        max_fills: int = 128,
     ) -> None:
         """`max_distinct` is the number of device slots, `present` says whether a token's record is in one of them or
         on its way there; both None for a model without a table. `max_fills` is at least 1."""
