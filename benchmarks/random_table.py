@@ -11,11 +11,12 @@ import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import report
 
+from tolserve.tol.encoding import BF16, Encoding, Values
 from tolserve.tol.table import Bytes, Manifest, Table, describe
 from tolserve.tol.writer import TableWriter
 
@@ -24,18 +25,20 @@ WINDOWS = 8191
 BATCH_BYTES = 64 << 20
 
 
-def random_table(path: Path, *, vocab_size: int, num_layers: int, hidden_size: int, **options: Any) -> Table:
-    """The table of random records at `path`, written now unless one is there; `options` are TableWriter's.
+def random_table(
+    path: Path, *, vocab_size: int, num_layers: int, hidden_size: int, encoding: Encoding = BF16, **options: Any
+) -> Table:
+    """The table of random records at `path`, written now unless one is there; further `options` are TableWriter's.
 
     Raises ValueError when what is there is a table of another shape.
     """
-    shape = {"vocab_size": vocab_size, "num_layers": num_layers, "hidden_size": hidden_size}
+    shape = {"vocab_size": vocab_size, "num_layers": num_layers, "hidden_size": hidden_size, "encoding": encoding}
     if path.exists():
         table = Table.open(path)
         if any(getattr(table.manifest, name) != value for name, value in shape.items()):
             raise ValueError(f"{path} holds a table of another shape than {shape}; name another folder")
         return table
-    writer = TableWriter(path, fingerprint="random", **shape, **options)
+    writer = TableWriter(path, fingerprint="random", **(shape | options))
     try:
         for records in _records(writer.manifest):
             writer.write(records)
@@ -69,9 +72,12 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--num-layers", type=int, default=24)
     parser.add_argument("--hidden-size", type=int, default=2048)
-    args = parser.parse_args()
+    parser.add_argument("--encoding", default="bf16", choices=get_args(Values))
+    parser.add_argument("--group-size", type=int, help="values per scale, of int8 and int4")
+    args = vars(parser.parse_args())
     started = time.perf_counter()
-    facts = describe(random_table(**vars(args)))
+    encoding = Encoding(args.pop("encoding"), args.pop("group_size"))
+    facts = describe(random_table(**args, encoding=encoding))
     report.write(facts | {"seconds": round(time.perf_counter() - started, 1)}, None)
 
 
