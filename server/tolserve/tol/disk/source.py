@@ -26,8 +26,10 @@ from tolserve.tol.table import Table, TableError
 IO = Literal["direct", "buffered"]
 # A disk gives most of its throughput from 8 to 32 reads on, measured in benchmarks/results/disk-cpu.json.
 READ_DEPTH = 32
-# Threads for background reads beside asynchronous ones: few, so that the disk has room for those that are waited for.
-_BACKGROUND = 8
+# Threads for background reads beside asynchronous ones. More leave the disk less room for the reads that are waited
+# for: while 300 background reads are queued, two others take 0.84 ms beside 4 threads, 1.48 beside 8, 1.76 beside 16, for
+# 0.22, 0.25 and 0.26 GB/s in the background (98,304 bytes each, busy machine), and 42 ms if all stand in one queue.
+_BACKGROUND = 4
 # A disk that is slow for seconds still gets to finish; one that hangs does not keep the process from ending.
 CLOSE_SECONDS = 5.0
 # What a file system without O_DIRECT answers, at the opening or at the first read.
