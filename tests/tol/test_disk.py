@@ -187,7 +187,7 @@ def test_the_pool_reads_everything_where_the_system_refuses(
 ) -> None:
     """As in a container whose filter knows no io_setup, or where other programs took fs.aio-max-nr."""
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise refusal(1, "refused")
 
     monkeypatch.setattr(AsyncReader, "__init__", refuse)

@@ -71,7 +71,7 @@ class AsyncReader:
     none left (fs.aio-max-nr).
     """
 
-    def __init__(self, depth: int, buffers: int, buffer_bytes: int) -> None:
+    def __init__(self, depth: int, buffers: int, buffer_bytes: int, at_once: int) -> None:
         calls = _CALLS.get(platform.machine())
         if sys.platform != "linux" or calls is None or ctypes.sizeof(ctypes.c_void_p) != 8:
             raise OSError(errno.ENOSYS, "no asynchronous reads on this system")
@@ -85,9 +85,9 @@ class AsyncReader:
         self._iocbs = [_Iocb(data=n, address=memory.ctypes.data + n * buffer_bytes) for n in range(buffers)]
         self._addresses = [ctypes.addressof(iocb) for iocb in self._iocbs]
         self._batch = (ctypes.c_void_p * depth)()
-        self._depth = depth
+        self.at_once = at_once
         # struct io_event: the iocb's data, its address, the result, a second result
-        self._events = np.zeros((depth, 4), np.int64)
+        self._events = np.zeros((at_once, 4), np.int64)
         self._events_address = self._events.ctypes.data
         self._refused: list[tuple[int, int]] = []
         self.running = 0
@@ -110,8 +110,8 @@ class AsyncReader:
             done += count
 
     def over(self, seconds: float | None) -> list[tuple[int, int]]:
-        """Reads that are over, as (buffer, bytes read or minus the error number); waits `seconds` for the first one,
-        None without end. Empty when nothing runs."""
+        """Reads that are over, up to `at_once` of them, as (buffer, bytes read or minus the error number); waits
+        `seconds` for the first one, None without end. Empty when nothing runs."""
         over, self._refused = self._refused, []
         if over:
             seconds = 0.0
@@ -119,7 +119,7 @@ class AsyncReader:
         limit = 0 if timeout is None else ctypes.addressof(timeout)
         least = 0 if seconds == 0 else 1
         while self.running > len(over):
-            count = self._getevents(self._context.value, least, self._depth, self._events_address, limit)
+            count = self._getevents(self._context.value, least, self.at_once, self._events_address, limit)
             if count >= 0:
                 over += [(buffer, got) for buffer, _, got, _ in self._events[:count].tolist()]
                 break

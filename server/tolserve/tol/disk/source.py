@@ -27,11 +27,13 @@ IO = Literal["direct", "buffered"]
 # A disk gives most of its throughput from 8 to 32 reads on, measured in benchmarks/results/disk-cpu.json.
 READ_DEPTH = 32
 # Threads for background reads beside asynchronous ones. More leave the disk less room for the reads that are waited
-# for: while 300 background reads are queued, two others take 0.84 ms beside 4 threads, 1.48 beside 8, 1.76 beside 16, for
-# 0.22, 0.25 and 0.26 GB/s in the background (98,304 bytes each, busy machine), and 42 ms if all stand in one queue.
+# for: while 300 background reads are queued, two others take 0.84 ms beside 4 threads, 1.48 beside 8, 1.76 beside 16,
+# for 0.22, 0.25 and 0.26 GB/s in the background (98,304 bytes each, busy machine), and 42 ms if all share one queue.
 _BACKGROUND = 4
 # A disk that is slow for seconds still gets to finish; one that hangs does not keep the process from ending.
 CLOSE_SECONDS = 5.0
+# Reads that are over are taken in this many turns, so that others start while the first of them are checked.
+_TURNS = 4
 # What a file system without O_DIRECT answers, at the opening or at the first read.
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -72,7 +74,7 @@ class DiskSource:
         if self.io == "direct":
             with suppress(OSError):  # refused: the pool reads everything
                 # Twice as many buffers as reads: the next reads start before those that are over are checked.
-                self._async = AsyncReader(depth, 2 * depth, buffer_bytes)
+                self._async = AsyncReader(depth, 2 * depth, buffer_bytes, at_once=-(-depth // _TURNS))
         self._pool = ReaderPool(min(depth, _BACKGROUND) if self._async else depth, buffer_bytes)
         self._extents = _extents(table.manifest.groups)
         self._free = list(range(2 * depth))
@@ -184,17 +186,21 @@ class DiskSource:
         """Check and deliver the asynchronous reads that are over, waiting up to `seconds` for one if there is any."""
         if self._async is None or not self._reading:
             return []
-        over = [(self._reading.pop(buffer), buffer, got) for buffer, got in self._async.over(seconds)]
-        self._start()
-        reads = []
-        for job, buffer, got in over:
-            read = job.settle(got, self._async.buffers[buffer])
-            self._free.append(buffer)
-            if read is None:
-                self._waiting.appendleft(job)
-            else:
-                reads.append(read)
-        self._start()
+        reads: list[Read] = []
+        for _ in range(_TURNS):
+            over = [(self._reading.pop(buffer), buffer, got) for buffer, got in self._async.over(seconds)]
+            self._start()
+            for job, buffer, got in over:
+                read = job.settle(got, self._async.buffers[buffer])
+                self._free.append(buffer)
+                if read is None:
+                    self._waiting.appendleft(job)
+                else:
+                    reads.append(read)
+            self._start()
+            if len(over) < self._async.at_once:
+                break
+            seconds = 0.0
         return reads
 
     def close(self, patience: float = CLOSE_SECONDS) -> None:
