@@ -127,6 +127,7 @@ def test_tiers_change_their_size_under_load(living: Running, undisturbed: list[A
         ({"device_cache": "64", "host_cache": "101%"}, None, "'101%' is not understood"),
         ({"host_cache": "0.1%"}, None, "holds no record"),
         ({"host_cache": "-1"}, None, "not understood"),
+        ({"host_cache": "100%"}, None, "restart to have it"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(living: Running, body: dict[str, Any], param: str | None, words: str) -> None:

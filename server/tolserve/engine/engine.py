@@ -131,7 +131,9 @@ class Engine:
         pager = self._paged()
         table = Table.open(pager.table.path)
         stamps = stamps_of(table)
+        factors = self.runner.factors_of(table)
         pager.reopen(table)
+        self.runner.factors = factors
         if self.watch is not None:
             self.watch.follow(stamps)
         self.scheduler.max_distinct = pager.slots

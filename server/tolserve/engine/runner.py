@@ -28,26 +28,26 @@ class Runner:
     def __init__(self, model: Transformer, kv: KVCache, pager: Pager | None) -> None:
         self.model, self.kv, self.pager = model, kv, pager
         self.device = kv.data.device
-        self._table: Table | None = None
-        self._factors: dict[int, Tensor] = {}
-        if pager is not None:
-            self._take_factors(pager.table)
+        self.factors = self.factors_of(pager.table) if pager is not None else {}
 
-    def _take_factors(self, table: Table) -> None:
-        """Bring a lowrank table's factors to the device, in the model's precision; other tables have none."""
+    def factors_of(self, table: Table) -> dict[int, Tensor]:
+        """A lowrank table's factors by layer, on the device and in the model's precision; other tables have none.
+
+        Raises TableError, MemoryError when the device has no room.
+        """
         bits = table.read_factors()
-        self._factors = {
-            layer: torch.from_numpy(rows).view(torch.bfloat16).to(self.device, self.kv.data.dtype)
-            for layer, rows in bits.items()
-        }
-        self._table = table
+        try:
+            return {
+                layer: torch.from_numpy(rows).view(torch.bfloat16).to(self.device, self.kv.data.dtype)
+                for layer, rows in bits.items()
+            }
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"the factors of {table.path} do not fit on {self.device}: {error}") from error
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk], lease: Lease | None) -> StepResult:
         """Compute one step. Raises RecordsUnavailable if a record it needs could not be read; keys and values written
         until then are overwritten when the sequences run again."""
-        if self.pager is not None and self.pager.table is not self._table:
-            self._take_factors(self.pager.table)
         tokens = [token for chunk in chunks for token in chunk.tokens]
         rows = _LeasedRows(self, lease, tokens) if lease is not None else None
         add_row: AddRow = rows if rows is not None else no_rows
@@ -67,7 +67,7 @@ class _LeasedRows:
         if runner.pager is None:
             raise RuntimeError("a lease without a pager")
         self._pager, self._lease, self._tokens = runner.pager, lease, tokens
-        self._device, self._factors = runner.device, runner._factors
+        self._device, self._factors = runner.device, runner.factors
         self._manifest = runner.pager.table.manifest
         self._slots: list[Tensor] = []  # by part that was waited for: [T] int64
         self.stall = 0.0

@@ -193,12 +193,13 @@ def describe(table: Table) -> dict[str, Any]:
         "read_bytes": manifest.read_bytes(range(len(manifest.groups))),
         "payload_bytes": records * manifest.record_bytes,
         "stored_bytes": records * manifest.record_stride,
-        "file_bytes": sum((table.path / name).stat().st_size for name in _files(manifest)),
+        "file_bytes": sum((table.path / name).stat().st_size for name in files_of(manifest)),
         "shards": [{"file": shard.file, "tokens": shard.tokens} for shard in manifest.shards],
         "frequencies": None,
     }
 
 
-def _files(manifest: Manifest) -> list[str]:
+def files_of(manifest: Manifest) -> list[str]:
+    """Names of all files of a table."""
     factors = [FACTORS] if manifest.encoding.ranks is not None else []
     return [MANIFEST, CHECKSUMS, *factors, *(shard.file for shard in manifest.shards)]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tolserve.metrics import Metrics
-from tolserve.tol.manifest import CHECKSUMS, MANIFEST
-from tolserve.tol.table import Table, TableError
+from tolserve.tol.table import Table, TableError, files_of
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +27,8 @@ _ADVICE = {
 def stamps_of(table: Table) -> Stamps:
     """To be taken between `Table.open` and the opening of the shards: what changes in between is then noticed, here or
     by the checksums. Raises TableError."""
-    files = [MANIFEST, CHECKSUMS, *(shard.file for shard in table.manifest.shards)]
     try:
-        return {table.path / file: _stamp(table.path / file) for file in files}
+        return {table.path / file: _stamp(table.path / file) for file in files_of(table.manifest)}
     except OSError as error:
         raise TableError(f"{table.path} changed while it was opened: {error}") from error
 
