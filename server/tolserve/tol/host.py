@@ -94,7 +94,7 @@ class HostTier:
             self._copies[slot] = [copy, *(event for event in self._copies.get(slot, ()) if not event.query())]
 
     def policies(self) -> list[Policy]:
-        return [self.policy]
+        return [self.policy] if self.slots else []  # being told costs time
 
     def _evictable(self, token: int) -> bool:
         return token not in self._reserved and token not in self._lent
