@@ -2,17 +2,23 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
+from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tol.policies import SlowContext, SlowLRU, SlowPinned, SlowS3FIFO
+from tol.tables import make_table, open_pager
 from tolserve.settings import PolicyName
 from tolserve.tol.policy import NEED_FREQUENCIES, POLICIES, make_policy
+from tolserve.tol.policy.base import Policy
 from tolserve.tol.policy.context import Context
+from tolserve.tol.replay import Trace, hit_rate, interleave
 
 KEYS = 12
 LISTED = [7, 3, 9, 1, 5, 0]
@@ -171,3 +177,74 @@ def test_a_long_trace_against_the_slow_twin(name: str) -> None:
         both.step(sequence, keys, set())
         both.victim({draw.randrange(KEYS)})
         both.check()
+
+
+class Tier:
+    """A tier whose policy is asked as tol/pager.py asks it, without the pager."""
+
+    def __init__(self, policy: Policy, slots: int, spare: int) -> None:
+        self.policy, self.slots, self.spare = policy, slots, spare
+        self.resident: set[int] = set()
+
+    def evict(self, kept: set[int]) -> None:
+        victim = self.policy.victim(lambda key: key not in kept)
+        assert victim is not None
+        self.policy.remove(victim)
+        self.resident.remove(victim)
+
+    def step(self, sequence: int, tokens: list[int]) -> None:
+        self.policy.advance(sequence, tokens)
+        there = [token for token in tokens if token in self.resident]
+        missing = [token for token in tokens if token not in self.resident]
+        for token in missing:
+            if len(self.resident) == self.slots:
+                self.evict(set(tokens))
+            self.policy.insert(token)
+            self.resident.add(token)
+        for token in there + missing:
+            self.policy.touch(token)
+        while len(self.resident) > self.slots - self.spare:
+            self.evict(set())
+
+
+@pytest.mark.parametrize("name", ["lru", "s3fifo", "context"])
+def test_a_pager_asks_late_and_decides_the_same(name: str, tmp_path: Path) -> None:
+    """What a step runs reaches the policy when its reads have started, but before a victim is named for it."""
+    vocab_size, slots = 900, 512
+    table, _ = make_table(tmp_path / "t", vocab_size)
+    draw = random.Random(1)
+    with open_pager(table, slots, policy=name) as (pager, _):
+        (part,) = pager.parts
+        assert part.spare == 2  # steps miss more than that now and then: victims are named in `acquire` too
+        twin = Tier(make_policy(name, slots), slots, part.spare)
+        for number in range(200):  # enough for windows to lose tokens
+            sequence = draw.randrange(2)
+            tokens = list(dict.fromkeys(int(vocab_size * draw.random() ** 2) for _ in range(60)))
+            pager.advance(sequence, tokens)
+            lease = pager.acquire(tokens)
+            lease.wait()
+            pager.release(lease)
+            twin.step(sequence, tokens)
+            assert part.slot_of.keys() == twin.resident, number
+            if not draw.randrange(100):
+                pager.end(sequence)
+                twin.policy.end(sequence)
+
+
+def test_a_pager_hits_what_a_replay_with_its_spare_slots_fewer_hits(tmp_path: Path) -> None:
+    vocab_size, slots = 900, 512
+    table, _ = make_table(tmp_path / "t", vocab_size)
+    draw = random.Random(2)
+    documents = [[int(vocab_size * draw.random() ** 2) for _ in range(draw.randint(1, 60))] for _ in range(200)]
+    trace = Trace(np.concatenate(documents), np.cumsum([0, *map(len, documents)]), vocab_size)
+    steps = replace(interleave(trace, 8), warmup=0)
+    hits = 0
+    with open_pager(table, slots) as (pager, _):
+        for wanted in steps.distinct:
+            lease = pager.acquire(wanted)
+            hits += len(lease.hits)
+            lease.wait()
+            pager.release(lease)
+        fewer = slots - pager.parts[0].spare
+    assert fewer < slots
+    assert hits / sum(map(len, steps.distinct)) == hit_rate(steps, fewer, make_policy("lru", fewer))

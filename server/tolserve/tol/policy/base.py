@@ -15,6 +15,11 @@ into free slots, and makes the calls of 1 to 3 while the reads run; the victims'
 step. Its hits are exactly those of a replay with F fewer slots, as long as the calls keep their order: if a step misses
 more than F records, those calls come first that are still owed, then its own, each `victim` before the read that needs
 the slot. What is owed from one step must be paid before `end`, `prefetch`, `resize` or the next step's calls.
+
+tol/pager.py goes further: it inserts a record when its read starts, so that the policy knows every slot's record, and
+names the victims after all touches of the step, its own records among the candidates. Under `lru` that is the same.
+`s3fifo` and `context` then decide otherwise now and then: by less than 0.003 points of the hit rate on the trace that
+`context` was tuned on, 32 sequences, 4,096 and 16,384 slots.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -45,7 +50,7 @@ class Policy(Protocol):
         """The tier holds at most so many from now on. What must go for that is asked for by `victim`, as ever."""
 
     def advance(self, sequence: Hashable, keys: Sequence[int]) -> None:
-        """The step at hand runs these tokens of a sequence, all of them, in order. Its first call begins it."""
+        """A step runs these tokens of a sequence, all of them, in order. The first call begins the sequence."""
 
     def end(self, sequence: Hashable) -> None:
         """The sequence is over; one that never began is no error."""
