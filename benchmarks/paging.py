@@ -192,9 +192,9 @@ class Variant:
             tokens = [(sequence, token % self.resident) for sequence, token in tokens]
         begin = time.perf_counter()
         lanes = self._choose(tokens)
+        lease = pager.acquire(list(dict.fromkeys(tokens[lane][1] for lane in lanes)))
         for lane in lanes:
             pager.advance(tokens[lane][0], (tokens[lane][1],))
-        lease = pager.acquire(list(dict.fromkeys(tokens[lane][1] for lane in lanes)))
         rows, host, waited = self._wait(lease, begin)
         if len(lanes) < len(tokens):
             pager.prefetch([token for _, token in tokens])
