@@ -10,17 +10,14 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 
 from tolserve.metrics import Metrics
-from tolserve.tol.arena import Device, DeviceArena
+from tolserve.tol.arena import Device
 from tolserve.tol.counters import Counters
-from tolserve.tol.disk import READ_DEPTH, DiskSource
+from tolserve.tol.disk import READ_DEPTH
 from tolserve.tol.fills import Cause, Fills
-from tolserve.tol.host import Host, HostTier
 from tolserve.tol.lease import Lease, RecordsUnavailable
-from tolserve.tol.part import Part, make_parts, part_slots
-from tolserve.tol.policy import make_policy
-from tolserve.tol.policy.base import Policy
-from tolserve.tol.shared import WholeTable
+from tolserve.tol.part import Part
 from tolserve.tol.table import Table, TableError
+from tolserve.tol.tiers import TierOptions, Tiers
 from tolserve.tol.view import EVICTIONS_KEPT, DeviceView, RecordState, Resident
 
 __all__ = ["Lease", "Pager", "RecordsUnavailable"]
@@ -50,14 +47,8 @@ class Pager:
         read_depth: int = READ_DEPTH,
         metrics: Metrics,
     ) -> None:
-        """Sizes in records; `frequent` tokens are for policies that need them, the most frequent first.
-
-        `head_factor` is part.part_slots'. A host tier of the whole vocabulary is shared with other processes
-        (shared.WholeTable). Raises ValueError for an unknown policy, io, device or a size that cannot be, MemoryError
-        when a tier's memory cannot be had.
-        """
-        self._policy_name, self._frequent, self._device = policy, frequent, device
-        self._head_factor, self._io, self._read_depth = head_factor, io, read_depth
+        """Sizes in records; the other options and what it raises are those of tiers.Tiers and TierOptions."""
+        options = TierOptions(device, policy, frequent, head_factor, io, read_depth)
         self._count = Counters(metrics)
         self._leases: list[Lease] = []
         self._untold: list[tuple[Hashable, Sequence[int]]] = []  # what the policies have not heard of yet
@@ -65,38 +56,16 @@ class Pager:
         self._uses: Counter[int] = Counter()  # steps that asked for the record since it came in
         self._last_step: dict[int, None] = {}  # tokens of the lease released last
         self._evicted: deque[int] = deque(maxlen=EVICTIONS_KEPT)
-        self._open(table, device_slots, host_slots)
+        self._use(Tiers(table, device_slots, host_slots, options, self._count))
 
-    def _open(self, table: Table, device_slots: int, host_slots: int) -> None:
-        """Empty tiers over a table; with nothing changed when one of them cannot be had."""
-        _check_sizes(device_slots, host_slots)
-        parts = make_parts(
-            table.manifest,
-            device_slots,
-            head_factor=self._head_factor,
-            policy=self._policy_name,
-            frequent=self._frequent,
-            device=self._device,
-        )
-        disk = DiskSource(table, self._io, self._read_depth)
-        try:
-            host = self._host_tier(table, disk, host_slots)
-        except BaseException:
-            disk.close()
-            raise
-        self.table, self.parts, self.disk, self.host = table, parts, disk, host
-        self._fills = Fills(table, parts, host, disk, self._count)
+    def _use(self, tiers: Tiers) -> None:
+        self._tiers = tiers
+        self.table, self.parts, self.disk, self.host = tiers.table, tiers.parts, tiers.disk, tiers.host
+        self._fills = Fills(tiers.table, tiers.parts, tiers.host, tiers.disk, self._count)
         self._set_sizes()
 
-    def _host_tier(self, table: Table, disk: DiskSource, slots: int) -> Host:
-        manifest = table.manifest
-        if slots >= manifest.vocab_size:
-            return WholeTable(table, disk, self._device)
-        policy = make_policy(self._policy_name, slots, self._frequent)
-        return HostTier(slots, manifest.record_bytes, policy, self._count.evictions, self._device)
-
     def _set_sizes(self) -> None:
-        self.slots = min(part.slots for part in self.parts)
+        self.slots = self._tiers.slots
         self._count.slots.set(self.slots, "device")
         self._count.slots.set(self.host.slots, "host")
         self._count.record_bytes.set(self.table.manifest.record_bytes)
@@ -104,7 +73,7 @@ class Pager:
     @property
     def device_bytes(self) -> int:
         """Payload bytes that the device tier has room for."""
-        return sum(part.slots * part.bytes for part in self.parts)
+        return self._tiers.device_bytes
 
     def part_of(self, group: int) -> int:
         """Index of the part that holds a layer group."""
@@ -119,7 +88,7 @@ class Pager:
         self._untold.append((sequence, tokens))
 
     def _tell(self) -> None:
-        for policy in self._policies() if self._untold else ():
+        for policy in self._tiers.policies() if self._untold else ():
             for sequence, tokens in self._untold:
                 policy.advance(sequence, tokens)
         self._untold.clear()
@@ -127,7 +96,7 @@ class Pager:
     def end(self, sequence: Hashable) -> None:
         """Tell the policies that a sequence is over; one that never ran is no error."""
         self._tell()
-        for policy in self._policies():
+        for policy in self._tiers.policies():
             policy.end(sequence)
 
     def present(self, token: int) -> bool:
@@ -272,7 +241,7 @@ class Pager:
             self._fetch({token: parts} if parts else {}, lambda _: False, "preload")
             for index in parts:
                 self.parts[index].policy.touch(token)  # it came for no coming step
-            while self._fills.reads >= _PRELOAD_QUEUE * self._read_depth:
+            while self._fills.reads >= _PRELOAD_QUEUE * self._tiers.options.read_depth:
                 self._land(block=True)
         self._drain()
         self.poll()
@@ -398,9 +367,6 @@ class Pager:
         while self._fills.reads:
             self._land(block=True)
 
-    def _policies(self) -> list[Policy]:
-        return [part.policy for part in self.parts] + self.host.policies()
-
     def resize(self, *, device_slots: int | None = None, host_slots: int | None = None) -> None:
         """Change the tiers' sizes, in records, between two steps; the records that would be evicted last stay. A tier
         whose size is None is left alone: it needs no second memory.
@@ -408,27 +374,13 @@ class Pager:
         Raises ValueError for sizes that cannot be, MemoryError when the new memory does not fit beside the old;
         nothing is changed then.
         """
-        _check_sizes(1 if device_slots is None else device_slots, 0 if host_slots is None else host_slots)
         self._quiesce()
-        if host_slots is not None and host_slots >= self.table.manifest.vocab_size != self.host.slots:
-            raise ValueError("the whole table in host memory is shared between processes; restart to have it")
-        arenas = self._arenas(device_slots) if device_slots is not None else {}
-        if host_slots is not None:
-            self.host.resize(min(host_slots, self.table.manifest.vocab_size))
-        for part, arena in arenas.items():
-            self._count.evictions.add(part.move(arena), "device")
+        self._count.evictions.add(self._tiers.resize(device_slots, host_slots), "device")
         there = self.parts[-1].slot_of
         self._unused = {token for token in self._unused if self.present(token)}
         self._uses = Counter({token: uses for token, uses in self._uses.items() if token in there})
         self._set_sizes()
         self.poll()
-
-    def _arenas(self, device_slots: int) -> dict[Part, DeviceArena]:
-        sizes = part_slots(self.table.manifest, device_slots, self._head_factor)
-        return {
-            part: DeviceArena(slots, part.bytes, self._device)
-            for part, (_, slots) in zip(self.parts, sizes, strict=True)
-        }
 
     def reopen(self, table: Table) -> None:
         """Go on with another version of the table, between two steps: the tiers keep their bytes and are filled anew
@@ -442,15 +394,9 @@ class Pager:
             raise TableError(f"{table.path} holds the rows of other weights (fingerprint {new.fingerprint})")
         self._quiesce()
         latest = list(self.parts[-1].policy.keys())[::-1]
-        host_slots = old.vocab_size if self.host.slots == old.vocab_size else self.host.slots * old.record_bytes
-        disk, host = self.disk, self.host
-        self._open(
-            table,
-            max(1, self.device_bytes // new.record_bytes),
-            host_slots if host_slots == old.vocab_size else host_slots // new.record_bytes,
-        )
-        disk.close()
-        host.close()
+        past = self._tiers
+        self._use(past.reopened(table, self._count))
+        past.close()
         self._unused.clear()
         self._uses.clear()
         self.preload(latest)
@@ -503,11 +449,3 @@ class Pager:
         self.disk.close()
         self.poll()
         self.host.close()
-
-
-def _check_sizes(device_slots: int, host_slots: int) -> None:
-    if device_slots < 1 or host_slots < 0:
-        raise ValueError(
-            f"device cache of {device_slots} and host cache of {host_slots} records: "
-            "the device cache needs at least 1, the host cache at least 0"
-        )
