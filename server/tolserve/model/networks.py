@@ -35,14 +35,12 @@ class MemoryNetworks:
             model = Transformer(self.config, with_memory=True)
             layer = Layer(self.config, with_memory=True)
         check_names({name: tuple(p.shape) for name, p in model.named_parameters()}, checkpoint, skip_memory=False)
-        self._embedding = checkpoint.read("model.embed_tokens.weight").clone()
+        (self._embedding,) = _read(model_dir, ["model.embed_tokens.weight"])
         self._scratch = layer
         self._scratch.memory.to_empty(device="cpu")
         self._scratch.memory_layernorm.to_empty(device="cpu")
         used = [name for name, parameter in layer.named_parameters() if not parameter.is_meta]
-        self._weights = {
-            index: {name: checkpoint.read(f"model.layers.{index}.{name}").clone() for name in used} for index in layers
-        }
+        self._weights = {index: _read(model_dir, [f"model.layers.{index}.{name}" for name in used]) for index in layers}
 
     def batches(self) -> Iterator[range]:
         """All token ids in order."""
@@ -52,7 +50,14 @@ class MemoryNetworks:
     @torch.inference_mode()
     def rows(self, layer: int, tokens: range) -> Tensor:
         """The layer's rows of consecutive tokens, float32 [n, hidden_size]."""
-        for name, parameter in self._scratch.named_parameters():
-            if not parameter.is_meta:
-                parameter.copy_(self._weights[layer][name])
+        used = (parameter for parameter in self._scratch.parameters() if not parameter.is_meta)
+        for parameter, weight in zip(used, self._weights[layer], strict=True):
+            parameter.copy_(weight)
         return self._scratch.memory_row(self._embedding[tokens.start : tokens.stop].float())
+
+
+def _read(model_dir: Path, names: list[str]) -> list[Tensor]:
+    """Copies of tensors. Opened anew each time: an open checkpoint keeps all that was read of it mapped, twice the
+    weights in the end."""
+    checkpoint = Checkpoint(model_dir)
+    return [checkpoint.read(name).clone() for name in names]
