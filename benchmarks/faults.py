@@ -281,7 +281,7 @@ async def full_disk(folder: Path) -> dict[str, Any]:
         raise RuntimeError("the disk was large enough")
     return {
         "exit status": first.returncode,
-        "last line": first.stderr.strip().splitlines()[-1],
+        "last line": first.stderr.strip().splitlines()[-1].replace(f"{folder}/", ""),
         "a table is there": there,
         "exit status with room": second.returncode,
     }
