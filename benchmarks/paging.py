@@ -31,7 +31,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +62,23 @@ class Running:
 
     def __init__(self, trace: Trace, sequences: int) -> None:
         self._trace = trace
-        self._waiting = cycle(np.flatnonzero(np.diff(trace.offsets)).tolist())
-        self._started = 0
+        self._documents = np.flatnonzero(np.diff(trace.offsets)).tolist()
+        self._at = self._started = 0
         self._lanes = [self._next() for _ in range(sequences)]
 
     def _next(self) -> list[int]:
         """Its own number, the place of its next token, its end."""
-        document = next(self._waiting)
+        document = self._documents[self._at % len(self._documents)]
+        self._at += 1
         self._started += 1
         return [self._started, int(self._trace.offsets[document]), int(self._trace.offsets[document + 1])]
+
+    def jump(self, place: float) -> list[int]:
+        """Go on at this share of the documents; returns the sequences that are over."""
+        over = [number for number, _, _ in self._lanes]
+        self._at = int(place * len(self._documents))
+        self._lanes = [self._next() for _ in over]
+        return over
 
     def tokens(self) -> list[tuple[int, int]]:
         """Sequence and token of each lane."""
@@ -156,9 +163,11 @@ class Variant:
             self.step(clocked=False)
         self.spent: Counter[str] = Counter()
 
-    def round(self, steps: int, unmeasured_lookups: int) -> None:
-        """Steps by the clock; before them the text moves on, so that rounds see different parts of it."""
+    def round(self, steps: int, place: float, unmeasured_lookups: int) -> None:
+        """Steps by the clock, after some that settle the cache in another part of the documents: they differ much."""
         sequences = len(self.running.tokens())
+        for sequence in self.running.jump(place):
+            self.pager.end(sequence)
         for _ in range(unmeasured_lookups // sequences):
             self.step(clocked=False)
         before = self._counters()
@@ -299,7 +308,7 @@ def measure(variants: list[Variant], sequences: int, args: argparse.Namespace) -
     steps = round(args.round_seconds * 1000 / STEP_MS[sequences])
     for number in range(args.rounds):
         for variant in variants:
-            variant.round(steps, args.warm_lookups // 8)
+            variant.round(steps, (number + 1) / (args.rounds + 1), args.warm_lookups // 4)
         speeds = [variant.tokens_per_second(number * steps) for variant in variants]
         for variant, speed in zip(variants, speeds, strict=True):
             variant.tally.relative.append(speed / speeds[0])
