@@ -17,7 +17,7 @@ Source = Literal["host", "disk"]
 Cause = Literal["demand", "prefetch", "preload"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Fill:
     """A record, or parts of it, on its way into a slot of each part; `error` says why it did not arrive, once it has
     landed."""

@@ -100,7 +100,7 @@ class HostTier:
         return token not in self._reserved and token not in self._lent
 
     def reserve(self, token: int) -> Bytes | None:
-        if token in self._slot_of:  # another part of it is being read right now
+        if not self.slots or token in self._slot_of:  # another part of it is being read right now
             return None
         if not self._free:
             victim = self.policy.victim(self._evictable)

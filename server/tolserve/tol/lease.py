@@ -1,6 +1,5 @@
 """A step's claim on its records."""
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from tolserve.tol.fills import Fill
@@ -25,12 +24,12 @@ class Lease:
     the device tier, whole, when asked for.
     """
 
-    def __init__(self, pager: "Pager", tokens: Iterable[int]) -> None:
+    def __init__(self, pager: "Pager", tokens: dict[int, None]) -> None:
         self._pager = pager
-        self.tokens = dict.fromkeys(tokens)
+        self.tokens = tokens  # distinct, in order
         self.slots: list[dict[int, int]] = []
         self.hits: frozenset[int] = frozenset()
-        self.order: list[int] = []  # as policies hear of them: those that came in for this step last
+        self.absent: dict[int, list[int]] = {}  # parts that had to be brought, by token
         self.fills: list[Fill] = []  # that it waits for
         self.lost: set[int] = set()  # tokens whose fill failed: their slots are others' by now
         self.unreported = 0.0  # seconds that acquire was blocked, reported by the first wait

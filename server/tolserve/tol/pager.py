@@ -130,22 +130,22 @@ class Pager:
         return lease
 
     def _claim(self, lease: Lease) -> None:
-        absent: dict[int, list[int]] = {}
+        tokens = lease.tokens
         for index, part in enumerate(self.parts):
-            slots = {token: part.slot_of.get(token, -1) for token in lease.tokens}
+            slots = {token: part.slot_of.get(token, -1) for token in tokens}
             lease.slots.append(slots)
-            for token, slot in slots.items():
-                if slot < 0:
-                    absent.setdefault(token, []).append(index)
+            if -1 in slots.values():
+                for token, slot in slots.items():
+                    if slot < 0:
+                        lease.absent.setdefault(token, []).append(index)
         self._join(lease)
-        arriving = {fill.token for fill in lease.fills} - absent.keys()
-        lease.hits = frozenset(token for token in lease.tokens if token not in absent and token not in arriving)
-        self._count.lookups.add(len(lease.tokens) - len(absent))
+        arriving = {fill.token for fill in lease.fills}.difference(lease.absent)
+        lease.hits = frozenset(tokens).difference(lease.absent, arriving)
+        self._count.lookups.add(len(tokens) - len(lease.absent))
         self._count.hits.add(len(lease.hits))
         self._count.misses.add(len(arriving), "inflight")
-        lease.order = [*(token for token in lease.tokens if token not in absent), *absent]
-        if absent:
-            self._demand(lease, absent)
+        if lease.absent:
+            self._demand(lease)
 
     def _join(self, lease: Lease) -> None:
         """Let the lease wait for the fills that are on their way already."""
@@ -154,13 +154,14 @@ class Pager:
                 found = (part.arriving.get(token) for token in lease.tokens)
                 lease.fills += dict.fromkeys(fill for fill in found if fill is not None and fill not in lease.fills)
 
-    def _demand(self, lease: Lease, absent: dict[int, list[int]]) -> None:
+    def _demand(self, lease: Lease) -> None:
         """Start the fills of a step's missing records; what lies in the host tier is copied by `bring`."""
         if self.host.policies():
             self._tell()  # a bounded host tier names a victim for each read that it keeps
+        misses: Counter[str] = Counter()
         try:
-            for token, parts in absent.items():
-                while not all(self._room(self.parts[index], self._evictable) for index in parts):
+            for token, parts in lease.absent.items():
+                while not self._room(parts, self._evictable):
                     self._fills.submit()
                     started = time.perf_counter()
                     self._land(block=True)
@@ -169,10 +170,12 @@ class Pager:
                     lease.fills.append(fill)
                     for index, slot in fill.slots.items():
                         lease.slots[index][token] = slot
-                self._count.lookups.add(1)
-                self._count.misses.add(1, fill.source)
+                misses[fill.source] += 1
         finally:
             self._fills.submit()
+            self._count.lookups.add(misses.total())
+            for source, count in misses.items():
+                self._count.misses.add(count, source)
 
     def prefetch(self, tokens: Sequence[int]) -> int:
         """Start reading records that a coming step will ask for; returns how many were started.
@@ -197,7 +200,7 @@ class Pager:
         """Start fills that no step waits for, until there is no room; returns how many."""
         started = 0
         for token, parts in absent.items():
-            if not all(self._room(self.parts[index], evictable) for index in parts):
+            if not self._room(parts, evictable):
                 break
             for fill in self._fills.start(token, parts, cause):
                 self._fills.copy(fill)
@@ -283,9 +286,11 @@ class Pager:
         self._last_step = lease.tokens
         self._unused.difference_update(lease.tokens)
         self._uses.update(token for token in lease.tokens if token not in lease.lost)
+        # As tol/policy/base.py says: what was there, then what came in for this step.
+        order = [*(token for token in lease.tokens if token not in lease.absent), *lease.absent]
         for part, slots in zip(self.parts, lease.slots, strict=False):
             part.read_by(slots.values())
-            for token in lease.order:
+            for token in order:
                 if token in part.slot_of and token not in lease.lost:
                     part.policy.touch(token)
         self.poll()
@@ -323,9 +328,13 @@ class Pager:
     def _spare(self, token: int) -> bool:
         return token not in self._unused and not self._held(token)
 
-    def _room(self, part: Part, evictable: Callable[[int], bool]) -> bool:
-        """Whether the part has a free slot, or one was made by an eviction."""
-        return bool(part.free) or self._evict(part, evictable)
+    def _room(self, parts: list[int], evictable: Callable[[int], bool]) -> bool:
+        """Whether each of the parts has a free slot, or one was made by an eviction."""
+        for index in parts:
+            part = self.parts[index]
+            if not part.free and not self._evict(part, evictable):
+                return False
+        return True
 
     def _evict(self, part: Part, evictable: Callable[[int], bool]) -> bool:
         """Evict one record from a part; False when none may be."""
