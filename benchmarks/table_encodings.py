@@ -1,6 +1,6 @@
 """What each encoding costs and loses on a model: bytes, bits per byte of held-out text, largest row error.
 
-    python benchmarks/encodings.py runs/data/heldout.jsonl.gz --out benchmarks/results/encodings-demo-cpu.json
+    python benchmarks/table_encodings.py runs/data/heldout.jsonl.gz --out benchmarks/results/encodings-demo-cpu.json
 
 Every table is built as `tolserve table build` does, and the text is scored with rows gathered from the table's own
 bytes by the kernels that serve. The text is the middle of each held-out document, the same for all encodings. Row
