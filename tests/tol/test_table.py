@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tol.tables import SHAPES, flip_byte, make_table, random_records, shard_file
-from tolserve.tol.manifest import record_stride
+from tolserve.tol.encoding import RowLayout
+from tolserve.tol.manifest import header, record_stride
 from tolserve.tol.table import RecordError, Table, TableError, describe, verify
 from tolserve.tol.writer import TableWriter
 
@@ -182,6 +183,38 @@ def test_the_writer_refuses_impossible_shapes(tmp_path: Path, shape: dict[str, A
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_table_of_one_group_is_read_as_before(tmp_path: Path) -> None:
+    """As they were all written once: no table is built again because of its groups."""
+    table, records = make_table(tmp_path / "t", 20, "grouped")
+    assert [len(group.layers) for group in table.manifest.groups] == [3, 6]
+    file, sums = table.path / "manifest.json", table.path / "checksums.safetensors"
+    raw = json.loads(file.read_text())
+    raw["groups"] = [{"layers": list(range(9)), "offset": 0, "bytes": 4032}]
+    file.write_text(json.dumps(raw))
+    metadata = {"fingerprint": "f" * 32, "first_token": "0"}
+    checksums = np.array([zlib.crc32(record.tobytes(), token) for token, record in enumerate(records)], "<u4")
+    sums.write_bytes(header("checksums", "U32", (20, 1), metadata) + checksums.tobytes())
+    old = Table.open(table.path)
+    verify(old)
+    assert np.array_equal(old.read_record(7), records[7])
+    assert old.manifest.row_layout(4) == (0, RowLayout(4 * 448, 224, "bf16", None))
+    assert table.manifest.row_layout(4) == (1, RowLayout(448, 224, "bf16", None))
+    with pytest.raises(KeyError):
+        old.manifest.row_layout(9)
+
+
+def test_what_a_read_moves_is_the_mean_over_all_tokens(tmp_path: Path) -> None:
+    table, _ = make_table(tmp_path / "t", 40, "grouped", shard_bytes=15 * 4096)
+    manifest = table.manifest
+    for groups in (range(1), range(1, 2), range(2)):
+        moved = []
+        for token in range(40):
+            start = table.locate(token)[1] + manifest.groups[groups.start].offset
+            size = sum(manifest.groups[group].bytes for group in groups)
+            moved.append(len({at // 4096 for at in range(start, start + size)}) * 4096)
+        assert manifest.read_bytes(groups) == np.mean(moved)
+
+
 # A manifest from a stranger.
 
 
@@ -200,6 +233,10 @@ def set_at(*keys: Any) -> Callable[[Any, Any], None]:
         (set_at("format_version"), 2, "format_version is 2"),
         (set_at("format_version"), None, "format_version"),
         (set_at("encoding"), {"name": "int8"}, "encoding"),
+        (set_at("encoding"), {"name": "int8", "group_size": 64}, "group"),
+        (set_at("encoding"), {"name": "int8", "group_size": 96}, "no multiple of the group size 96"),
+        (set_at("encoding"), {"name": "lowrank", "ranks": [256, 256, 256]}, "factors"),
+        (set_at("factors"), {"file": "factors.safetensors", "crc32": 0}, "unknown 'factors'"),
         (set_at("layout"), "layer-major", "layout"),
         (set_at("frequencies"), [1], "frequencies"),
         (set_at("surprise"), 1, "unknown 'surprise'"),

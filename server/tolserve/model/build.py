@@ -191,9 +191,12 @@ def stamp(model_dir: Path) -> str:
 
 
 def export(model_dir: Path, out: Path, *, progress: Progress = _quiet) -> Manifest:
-    """Write a serving model directory: the checkpoint without its memory tensors, and its table under `out`/tol."""
+    """Write a serving model directory: the checkpoint without its memory tensors, and its table under `out`/tol.
+
+    One that was interrupted while it built the table goes on.
+    """
     config = ModelConfig.load(model_dir)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != ".tol.partial" for path in out.iterdir()):
         raise CheckpointError(f"{out} is not empty; export into a new folder")
     out.mkdir(parents=True, exist_ok=True)
     manifest = build_table(model_dir, out / "tol", progress=progress)

@@ -12,7 +12,7 @@ from tolserve.model.config import ModelConfig
 from tolserve.model.transformer import Transformer
 
 # Tokens per call. A layer's weights are converted to float32 once per call, a share of the time that falls with their
-# number; memory grows with it. At 24 layers of 2048 x 5464, 2,048 tokens took 0.66 GB beside the weights (measured), and
+# number; memory grows with it. At 24 layers of 2048 x 5464, 2,048 tokens took 0.66 GB beside the weights, measured, and
 # matrix products 86% of the processor's time, at their full rate.
 TOKENS_PER_BATCH = 2048
 
