@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tiny import tiny_config
-from tolserve.model.build import BuildOptions, build_table
+from tolserve.model.build import BuildOptions, build_table, export
 from tolserve.model.config import ModelConfig
 from tolserve.model.networks import TOKENS_PER_BATCH
 from tolserve.tol.table import Table, TableError, verify
@@ -147,6 +147,15 @@ def test_two_builds_at_one_place_are_refused(model_dir: Path, tmp_path: Path) ->
         build_table(model_dir, tmp_path / "tol", progress=second)
     build_table(model_dir, tmp_path / "tol")
     verify(Table.open(tmp_path / "tol"))
+
+
+def test_an_export_goes_on_as_well(model_dir: Path, whole: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        export(model_dir, tmp_path / "out", progress=stopping_after(4))
+    seen: list[int] = []
+    export(model_dir, tmp_path / "out", progress=lambda done, total: seen.append(done))
+    assert seen[0] == 5 * TOKENS_PER_BATCH
+    assert contents(tmp_path / "out" / "tol") == whole["bf16"]
 
 
 def test_foreign_files_in_the_partial_folder_stay(model_dir: Path, tmp_path: Path) -> None:
