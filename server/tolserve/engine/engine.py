@@ -173,14 +173,22 @@ class Engine:
                 self.metrics.started(chunk.sequence, now)
         lease = self._acquire(chunks)
         try:
-            result = self.runner.run(chunks, lease)
-            return self._advance(chunks, result, lease)
+            return self._advance(chunks, self._compute(chunks, lease), lease)
         except RecordsUnavailable as error:
             return self._fail(chunks, error)
         finally:
             if lease is not None and self.pager is not None:
                 self.pager.release(lease)
             self.metrics.step(self.scheduler, sum(chunk.count for chunk in chunks))
+
+    def _compute(self, chunks: list[Chunk], lease: Lease | None) -> StepResult:
+        """Run the layers, and then tell the policies what ran: the step does not wait for that."""
+        try:
+            return self.runner.run(chunks, lease)
+        finally:
+            if self.pager is not None:
+                for chunk in chunks:
+                    _tell(self.pager, chunk)
 
     def _acquire(self, chunks: list[Chunk]) -> Lease | None:
         """Pin the step's records, then let the reads for coming steps run while this one computes."""
@@ -190,8 +198,6 @@ class Engine:
         lease = self.pager.acquire(_distinct(tokens))  # first, since its reads are what the step may wait for
         if self.recorder is not None:
             self.recorder.runs(tokens)
-        for chunk in chunks:
-            _tell(self.pager, chunk)
         self._read_ahead(self.pager, chunks)
         return lease
 

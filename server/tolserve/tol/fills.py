@@ -42,6 +42,7 @@ class Fills:
         self._count = count
         self._reads: dict[tuple[int, int, int], Fill] = {}  # token, first group, end of groups
         self._requests: list[ReadRequest] = []
+        self._coming: list[Fill] = []  # theirs
 
     @property
     def reads(self) -> int:
@@ -51,20 +52,23 @@ class Fills:
     def start(self, token: int, parts: Sequence[int], cause: Cause) -> list[Fill]:
         """Give the parts of a record a free slot each, which they must have.
 
-        One read brings all of them from the disk, and starts at the next `submit`. From the host tier each part is a
-        fill of its own, which waits for `copy`.
+        One read brings all of them from the disk, and starts at the next `submit`; until then the parts do not know of
+        it. From the host tier each part is a fill of its own, which waits for `copy`.
         """
-        if token in self.host:
-            fills = [Fill(token, "host", cause, {index: self.parts[index].free.pop()}) for index in parts]
-            for fill in fills:
-                fill.record = self.host.lend(token)
-        else:
-            fills = [Fill(token, "disk", cause, {index: self.parts[index].free.pop() for index in parts})]
-            self._requests.append(self._request(fills[0]))
+        if token not in self.host:
+            fill = Fill(token, "disk", cause, {index: self.parts[index].free.pop() for index in parts})
+            self._requests.append(self._request(fill))
+            self._coming.append(fill)
+            return [fill]
+        fills = [Fill(token, "host", cause, {index: self.parts[index].free.pop()}) for index in parts]
         for fill in fills:
-            for index, slot in fill.slots.items():
-                self.parts[index].assign(token, slot, fill)
+            fill.record = self.host.lend(token)
+            self._assign(fill)
         return fills
+
+    def _assign(self, fill: Fill) -> None:
+        for index, slot in fill.slots.items():
+            self.parts[index].assign(fill.token, slot, fill)
 
     def _request(self, fill: Fill) -> ReadRequest:
         """The read of a record's missing parts, or of all of it if the host tier will keep it."""
@@ -92,7 +96,10 @@ class Fills:
         """Start the reads that were asked for since the last time, all at once."""
         if self._requests:
             requests, self._requests = self._requests, []
-            self.disk.submit(requests)
+            coming, self._coming = self._coming, []
+            self.disk.submit(requests)  # first: the disk works while the rest is written down
+            for fill in coming:
+                self._assign(fill)
 
     def copy(self, fill: Fill) -> None:
         """Bring a part of a record from the host tier; nothing if that was done."""
