@@ -18,7 +18,7 @@ The device cache has a quarter of the bytes that the FFNs have in bf16. Reads by
 - resident: every lookup hits; what the clock itself and a step's bookkeeping cost
 - whole: whole records
 - split: the first layer group has slots of its own, `--head-factor` times as many as the rest
-- sit out: a sequence whose record is missing lets one step pass, in which the record is read
+- sit out: a sequence whose record is on disk lets one step pass, in which the record is read
 
 Tokens per second count a step's stall and, for "sit out", the sequences that ran. `disk_floor` is the stall that the
 same batches of reads would have caused with nothing but the disk in between, by its median latency; `disk_too_slow` are
@@ -193,7 +193,8 @@ class Variant:
         every = range(len(tokens))
         if self.name != "sit out":
             return list(every)
-        return [lane for lane in every if self.pager.present(tokens[lane][1])] or list(every)
+        pager = self.pager
+        return [lane for lane in every if pager.present(tokens[lane][1]) or tokens[lane][1] in pager.host] or list(every)
 
     def step(self, clocked: bool = True) -> None:
         pager = self.pager

@@ -14,6 +14,7 @@ from tolserve.engine.runner import Runner, StepResult
 from tolserve.engine.sampler import logprobs, sample
 from tolserve.engine.scheduler import Scheduler, prefix_within
 from tolserve.engine.sequence import Chunk, Sequence
+from tolserve.engine.sitout import SitOut
 from tolserve.metrics import Metrics
 from tolserve.tol.pager import Lease, Pager, RecordsUnavailable
 from tolserve.tol.recorder import Recorder
@@ -52,6 +53,7 @@ class Engine:
         self.registry = metrics
         self.metrics = EngineMetrics(metrics)
         self._sequences: dict[str, Sequence] = {}
+        self._sit_out = SitOut(self.pager) if self.pager is not None else None
 
     @property
     def busy(self) -> bool:
@@ -162,7 +164,9 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run one step of whatever the scheduler chooses."""
-        chunks = self.scheduler.schedule()
+        sitting_out = self._sit_out.choose(self.scheduler.running) if self._sit_out is not None else set()
+        chunks = self.scheduler.schedule(sitting_out)
+        self.metrics.sat_out.add(len(sitting_out))
         return self.run(chunks) if chunks else []
 
     def run(self, chunks: list[Chunk]) -> list[Output]:
@@ -173,7 +177,11 @@ class Engine:
                 self.metrics.started(chunk.sequence, now)
         lease = self._acquire(chunks)
         try:
-            return self._advance(chunks, self._compute(chunks, lease), lease)
+            result = self._compute(chunks, lease)
+            outputs = self._advance(chunks, result, lease)
+            if self._sit_out is not None:
+                self._sit_out.ran(chunks, time.monotonic() - now - result.stall)
+            return outputs
         except RecordsUnavailable as error:
             return self._fail(chunks, error)
         finally:

@@ -22,6 +22,9 @@ class EngineMetrics:
         self.overtakes = metrics.counter(
             "num_overtakes_total", "Requests that started before earlier ones whose records were not there"
         )
+        self.sat_out = metrics.counter(
+            "num_sat_out_total", "Times a request let a step pass while its record came from disk"
+        )
         self.prompt_tokens = metrics.counter("prompt_tokens_total", "Prompt tokens of requests that got an answer")
         self.generation_tokens = metrics.counter("generation_tokens_total", "Tokens generated")
         self.success = metrics.counter(

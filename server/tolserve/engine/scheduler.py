@@ -1,7 +1,7 @@
 """Which tokens of which sequences run in the next step. Plain Python: no tensors, no clock, no table."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from itertools import islice
 
 from tolserve.engine.blocks import BlockPool
@@ -64,8 +64,8 @@ class Scheduler:
         yield from self.running
         yield from self.waiting
 
-    def schedule(self) -> list[Chunk]:
-        """Choose a step. Empty only when nothing waits or runs.
+    def schedule(self, sitting_out: Set[str] = frozenset()) -> list[Chunk]:
+        """Choose a step, without the running sequences of these ids. Empty only when nothing else waits or runs.
 
         Sequences that were served move behind those that were not, so that a step too small for everyone (more
         distinct tokens than slots) is followed by one for the others.
@@ -73,7 +73,8 @@ class Scheduler:
         step = _Step(self)
         preemptions = self.preemptions
         for sequence in sorted(self.running, key=lambda sequence: sequence.pending > 1):  # decodes first
-            if sequence in self.running and self._make_room(sequence, step):
+            sits = sequence.request_id in sitting_out
+            if not sits and sequence in self.running and self._make_room(sequence, step):
                 step.add(sequence, step.affordable(sequence))
         # Admitting right after a preemption would hand the victim back what it just gave.
         while self.waiting and step.room and len(self.running) < self.max_seqs and preemptions == self.preemptions:

@@ -27,6 +27,7 @@ class Sequence:
     token_hits: list[bool] = field(default_factory=list)  # of tokens that passed through the layers, if asked for
     hits_reported: int = 0  # of these
     stall: float = 0.0  # seconds
+    sat_out: bool = False  # the last step, see sitout.SitOut
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

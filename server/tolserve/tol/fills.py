@@ -17,6 +17,9 @@ Source = Literal["host", "disk"]
 Cause = Literal["demand", "prefetch", "preload"]
 
 
+_READS_REMEMBERED = 32
+
+
 @dataclass(eq=False, slots=True)
 class Fill:
     """A record, or parts of it, on its way into a slot of each part; `error` says why it did not arrive, once it has
@@ -43,6 +46,7 @@ class Fills:
         self._reads: dict[tuple[int, int, int], Fill] = {}  # token, first group, end of groups
         self._requests: list[ReadRequest] = []
         self._coming: list[Fill] = []  # theirs
+        self.read_seconds = 0.0  # a running mean
 
     @property
     def reads(self) -> int:
@@ -137,6 +141,7 @@ class Fills:
             for index in fill.slots:
                 self.parts[index].arrived(read.token, read.delivered[index])
             self._arrived(fill, read.seconds, read.bytes)
+            self.read_seconds += (read.seconds - self.read_seconds) / _READS_REMEMBERED
         return fill
 
     def _arrived(self, fill: Fill, seconds: float, size: int) -> None:

@@ -75,6 +75,11 @@ class Pager:
         """Payload bytes that the device tier has room for."""
         return self._tiers.device_bytes
 
+    @property
+    def read_seconds(self) -> float:
+        """What reading a record from disk takes, a running mean."""
+        return self._fills.read_seconds
+
     def part_of(self, group: int) -> int:
         """Index of the part that holds a layer group."""
         return next(index for index, part in enumerate(self.parts) if group in part.groups)

@@ -27,11 +27,12 @@ class Part:
         self, groups: range, offset: int, size: int, slots: int, vocab_size: int, policy: Policy, device: Device
     ) -> None:
         self.groups, self.offset, self.bytes = groups, offset, size
-        self.slots, self._vocab_size, self.policy = slots, vocab_size, policy
+        self.slots, self._vocab_size, self._policy = slots, vocab_size, policy
         self.arena = DeviceArena(slots, size, device)
         self.slot_of: dict[int, int] = {}
         self.arriving: dict[int, Fill] = {}  # by token
         self.free = list(range(slots - 1, -1, -1))
+        self._unheard: list[int] = []  # tokens that the policy has not heard of
         self._fences: dict[int, Event] = {}  # behind the last step that read the slot
         self._copies: dict[int, Event] = {}  # slots whose fill may still be copying on the device
 
@@ -44,7 +45,16 @@ class Part:
         """Promise a free slot to a token that `fill` will bring."""
         self.slot_of[token] = slot
         self.arriving[token] = fill
-        self.policy.insert(token)
+        self._unheard.append(token)
+
+    @property
+    def policy(self) -> Policy:
+        """The order of the records. It hears of new ones when it is next asked for, after a step's reads were started:
+        that takes a third of the time that a missing record costs a step."""
+        for token in self._unheard:
+            self._policy.insert(token)
+        self._unheard.clear()
+        return self._policy
 
     def write(self, slot: int, payload: Bytes, base: int = 0, stays: bool = False) -> Event | None:
         """Copy this part's bytes into a slot, behind its last reader. Any thread may call it.
