@@ -194,7 +194,9 @@ class Variant:
         if self.name != "sit out":
             return list(every)
         pager = self.pager
-        return [lane for lane in every if pager.present(tokens[lane][1]) or tokens[lane][1] in pager.host] or list(every)
+        return [lane for lane in every if pager.present(tokens[lane][1]) or tokens[lane][1] in pager.host] or list(
+            every
+        )
 
     def step(self, clocked: bool = True) -> None:
         pager = self.pager

@@ -171,7 +171,7 @@ class EngineOptions(Options):
     table: Path | None = Field(None, description="table directory; else MODEL/tol, else built once into --cache-dir")
     device_cache: CacheSize = Field("10%", description="records on the device: a count, bytes (2GiB) or share (10%)")
     host_cache: CacheSize = Field("0", description="records in host memory behind the device, in the same units")
-    tol_policy: PolicyName = Field("lru", description="which record leaves a full cache")
+    tol_policy: PolicyName = Field("context", description="which record leaves a full cache")
     tol_frequencies: Path | None = Field(None, description="token counts to preload and to pin by (`table freq`)")
     tol_save_frequencies: Path | None = Field(None, description="file to keep counts of the tokens that run in")
     tol_trace: Path | None = Field(None, description="new file for the token ids of all requests, for `table replay`")
@@ -332,7 +332,7 @@ class TableReplaySettings(Options):
     trace: Path = Field(description="trace to replay, an .npz of tokens, offsets and vocab_size")
     cache: CacheSlots | None = Field(None, description="records or a share (10%); 1, 5, 10 and 20% if not given")
     sequences: int = Field(32, ge=1, le=4096, description="sequences that run side by side")
-    policy: PolicyName = Field("lru", description="which record leaves a full cache")
+    policy: PolicyName = Field("context", description="which record leaves a full cache")
     frequencies: Path | None = Field(
         None, description="list for policies that pin; the trace's first half if not given"
     )
@@ -350,7 +350,7 @@ class TablePlanSettings(Options):
     host_cache: CacheSize = Field("0", description="records in host memory: a count, bytes (2GiB) or share (10%)")
     sequences: SequenceCounts = Field((1, 32), description="sequences in a step, one or several, as 1,32")
     step_ms: PositiveFloat | None = Field(None, description="a step without stall; a GPU's if not given: 1 to 2 ms")
-    policy: PolicyName = Field("lru", description="which record leaves a full cache")
+    policy: PolicyName = Field("context", description="which record leaves a full cache")
     encoding: EncodingName | None = Field(
         None, description="the table's encoding; that of one that is there, else bf16"
     )

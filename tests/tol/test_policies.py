@@ -196,9 +196,9 @@ class Tier:
         self.policy.advance(sequence, tokens)
         there = [token for token in tokens if token in self.resident]
         missing = [token for token in tokens if token not in self.resident]
+        while len(self.resident) + len(missing) > self.slots:
+            self.evict(set(tokens))
         for token in missing:
-            if len(self.resident) == self.slots:
-                self.evict(set(tokens))
             self.policy.insert(token)
             self.resident.add(token)
         for token in there + missing:

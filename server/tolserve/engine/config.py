@@ -15,7 +15,7 @@ class EngineSettings:
     dtype: str = "auto"
     device_cache: str = "10%"
     host_cache: str = "0"
-    tol_policy: str = "lru"
+    tol_policy: str = "context"
     tol_frequencies: str | None = None
     tol_save_frequencies: str | None = None
     tol_trace: str | None = None

@@ -16,8 +16,9 @@ step. Its hits are exactly those of a replay with F fewer slots, as long as the 
 more than F records, those calls come first that are still owed, then its own, each `victim` before the read that needs
 the slot. What is owed from one step must be paid before `end`, `prefetch`, `resize` or the next step's calls.
 
-tol/pager.py goes further: it inserts a record when its read starts, so that the policy knows every slot's record, and
-names the victims after all touches of the step, its own records among the candidates. Under `lru` that is the same.
+tol/pager.py goes further: it inserts a step's new records when their reads have started, after the victims that had to
+be named for them, and names the victims for the next step after all touches, the step's own records among the
+candidates. Under `lru` that is the same.
 `s3fifo` and `context` then decide otherwise now and then: by less than 0.003 points of the hit rate on the trace that
 `context` was tuned on, 32 sequences, 4,096 and 16,384 slots.
 """
