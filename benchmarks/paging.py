@@ -360,7 +360,7 @@ def main() -> None:
     parser.add_argument("--host", nargs="+", default=["none", "full"], choices=("none", "full"))
     parser.add_argument("--variants", nargs="+", default=["resident", "whole", "split", "sit out"])
     parser.add_argument("--head-factor", type=float, default=4.0)
-    parser.add_argument("--policy", default="lru", choices=POLICIES)
+    parser.add_argument("--policy", default="context", choices=POLICIES)
     parser.add_argument("--io", default="direct", choices=("direct", "buffered"))
     parser.add_argument("--vocab", type=int, help="fold token ids onto fewer (a smaller table)")
     parser.add_argument(

@@ -30,6 +30,10 @@ class SitOut:
     def choose(self, running: Iterable[Sequence]) -> set[str]:
         """Ids of the sequences that shall not be in the next step; never all that decode, and none twice running."""
         decoding = [sequence for sequence in running if sequence.pending == 1]
+        if self._step_seconds >= self._pager.read_seconds * len(decoding):  # not even for one of them
+            for sequence in decoding:
+                sequence.sat_out = False
+            return set()
         late = [sequence for sequence in decoding if self._is_on_disk(sequence.tokens[-1])]
         chosen = {sequence.request_id for sequence in late if not sequence.sat_out}
         if len(chosen) == len(decoding) or self._step_seconds * len(late) >= self._pager.read_seconds * len(decoding):
