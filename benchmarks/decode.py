@@ -3,7 +3,7 @@
     python benchmarks/decode.py --trace trace-llama3.npz --table /fast/disk/table --out results/decode.json
 
 Weights are random; the next tokens are forced from a trace of real text (.npz with `tokens`, `vocab_size`), since
-sampling from random weights would visit unreal tokens. Every step goes through the whole engine: scheduler, pager,
+sampling from random weights would visit unreal tokens. Every step goes through the engine's parts: scheduler, pager,
 layers, output head, sampler. Variants take turns round by round, so that a slow minute of the machine hits them all;
 ratios are medians of per-round ratios. Needs torch, numpy and safetensors alone; `--device cuda` runs the same on a
 GPU. The table of random records is written once and kept.
@@ -33,6 +33,7 @@ from tolserve.model.config import ModelConfig
 from tolserve.model.presets import preset
 from tolserve.model.transformer import Transformer
 from tolserve.tol.pager import Pager
+from tolserve.tol.policy import POLICIES
 from tolserve.tol.table import Table
 
 Trace = np.ndarray[Any, np.dtype[np.int64]]
@@ -59,6 +60,7 @@ class Variant:
     name: str
     engine: Engine
     cursors: dict[str, int]
+    slots: int  # of the device tier
 
     def counters(self) -> dict[str, float]:
         """The table's counters by name, labels summed."""
@@ -100,8 +102,9 @@ def make_variant(name: str, model: Transformer, table: Table | None, slots: int,
     config, metrics = model.config, Metrics()
     pager = None
     if table is not None:
-        pager = Pager(table, device_slots=slots, host_slots=0, device=args.device, metrics=metrics)
-    longest = args.context + args.steps * (args.rounds + 1) + BLOCK_SIZE
+        options = {"device": args.device, "policy": args.policy, "metrics": metrics}
+        pager = Pager(table, device_slots=slots, host_slots=0, **options)
+    longest = max(args.prompt, args.context + args.steps * (args.rounds + 1)) + BLOCK_SIZE
     blocks = max(args.batches) * -(-longest // BLOCK_SIZE)
     dtype = model.model.embed_tokens.weight.dtype
     kv = KVCache(config, blocks=blocks, block_size=BLOCK_SIZE, max_len=longest, dtype=dtype, device=args.device)
@@ -109,7 +112,7 @@ def make_variant(name: str, model: Transformer, table: Table | None, slots: int,
         BlockPool(blocks, BLOCK_SIZE), max_seqs=max(args.batches), max_tokens=512, max_distinct=pager and pager.slots
     )
     engine = Engine(Runner(model, kv, pager), scheduler, metrics, max_model_len=1_000_000, max_queue=10_000)
-    return Variant(name, engine, {})
+    return Variant(name, engine, {}, slots)
 
 
 def warm(variant: Variant, trace: Trace, lookups: int) -> None:
@@ -159,6 +162,34 @@ def measure(variants: list[Variant], trace: Trace, batch: int, args: argparse.Na
     return result
 
 
+def first_tokens(variant: Variant, trace: Trace, length: int, rounds: int) -> dict[str, Any]:
+    """Seconds to the first token of prompts of `length` tokens that the cache does not hold, and again when it does."""
+    engine, times = variant.engine, {"cold": [], "warm": []}  # type: dict[str, list[float]]
+    if engine.pager is None:
+        raise RuntimeError("a model without a table has no cold prompt")
+    tokens = np.unique(trace)
+    for index in range(rounds):
+        first = (index * len(trace)) // rounds
+        prompt = tuple(int(token) for token in trace[first : first + length])
+        others = [int(token) for token in tokens[: 2 * engine.pager.slots] if token not in set(prompt)]
+        engine.pager.resize(device_slots=1)  # forgets all records but one
+        engine.pager.resize(device_slots=variant.slots)
+        engine.pager.preload(others)
+        for kind in times:
+            request = Request(f"{kind}{index}", prompt, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
+            started = time.perf_counter()
+            engine.add(request)
+            while engine.busy:
+                engine.step()
+            times[kind].append(time.perf_counter() - started)
+    seconds = {kind: [round(value, 3) for value in values] for kind, values in times.items()}
+    return {
+        "prompt_tokens": length,
+        "seconds": seconds,
+        "cold_over_warm": round(ratio(times["cold"], times["warm"]), 4),
+    }
+
+
 def ratio(times: list[float], reference: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
@@ -179,6 +210,8 @@ def main() -> None:
     parser.add_argument(
         "--no-resident", action="store_true", help="leave out the fully resident table (RAM for all of it)"
     )
+    parser.add_argument("--policy", default="context", choices=POLICIES)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt whose first token is timed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     use_threads()
@@ -213,6 +246,7 @@ def main() -> None:
     report |= {
         "device_cache": {"records": slots, "bytes": slots * table.manifest.record_bytes},
         "page_cache": "bypassed (O_DIRECT)" if pager and pager.disk.io == "direct" else "in use (buffered reads)",
+        "first_token": first_tokens(variants[1], trace[half:], args.prompt, 3),
         "batches": {str(batch): measure(variants, trace[half:], batch, args) for batch in args.batches},
     }
     write(report, args.out)

@@ -73,10 +73,11 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=24)
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--encoding", default="bf16", choices=get_args(Values))
-    parser.add_argument("--group-size", type=int, help="values per scale, of int8 and int4")
+    parser.add_argument("--group-size", type=int, default=64, help="values per scale, of int8 and int4")
     args = vars(parser.parse_args())
     started = time.perf_counter()
-    encoding = Encoding(args.pop("encoding"), args.pop("group_size"))
+    values, group_size = args.pop("encoding"), args.pop("group_size")
+    encoding = Encoding(values, None if values == "bf16" else group_size)
     facts = describe(random_table(**args, encoding=encoding))
     report.write(facts | {"seconds": round(time.perf_counter() - started, 1)}, None)
 

@@ -190,12 +190,15 @@ def table_replay(settings: TableReplaySettings) -> None:
     from dataclasses import asdict
 
     from tolserve.tol.frequencies import most_frequent, read_frequencies
+    from tolserve.tol.policy import NEED_FREQUENCIES
     from tolserve.tol.replay import Trace, interleave, render, replay
     from tolserve.tol.size import parse_cache_size
 
+    given = settings.frequencies
+    if given is not None and settings.policy not in NEED_FREQUENCIES:
+        raise OptionError(f"--frequencies: {settings.policy} does not pin; it is for {' and '.join(NEED_FREQUENCIES)}")
     trace = Trace.load(settings.trace)
     steps = interleave(trace, settings.sequences)
-    given = settings.frequencies
     frequent = most_frequent(read_frequencies(given, trace.vocab_size) if given is not None else steps.counts())
     figures = []
     for size in [settings.cache] if settings.cache is not None else ["1%", "5%", "10%", "20%"]:
@@ -242,8 +245,11 @@ def _plan_tiers(settings: TablePlanSettings, config: Any, plan: Any, table: Any)
     from tolserve.tol.estimate import FromCounts, FromTrace
     from tolserve.tol.frequencies import read_frequencies
     from tolserve.tol.plan import add_tiers, cache_sizes, measure_disk
+    from tolserve.tol.policy import NEED_FREQUENCIES
     from tolserve.tol.replay import Trace
 
+    if settings.trace is not None and settings.frequencies is not None and settings.policy not in NEED_FREQUENCIES:
+        raise OptionError(f"--frequencies: {settings.policy} does not pin, and --trace says the rest; give one of them")
     shape = plan.table
     ffn_bytes = 3 * 2 * config.num_hidden_layers * config.hidden_size * config.intermediate_size  # in bf16
     slots = cache_sizes(shape, ffn_bytes, settings.device_cache)

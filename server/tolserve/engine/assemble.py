@@ -198,18 +198,22 @@ def find_table(settings: EngineSettings, model_dir: Path, config: ModelConfig) -
         return _checked(Table.open(Path(settings.table)), fingerprint, settings, config)
     beside = model_dir / "tol"
     if beside.exists():
-        return _checked(Table.open(beside), fingerprint, settings, config)
+        table = Table.open(beside)
+        if settings.any_encoding or table.manifest.encoding.name == settings.tol_encoding:
+            return _checked(table, fingerprint, settings, config)
+        log.info("%s is encoded as %s; looking for %s", beside, table.manifest.encoding.name, settings.tol_encoding)
     cached = Path(settings.cache_dir) / f"{fingerprint}-{settings.tol_encoding}"
     if not cached.exists():
         values, lowrank = values_of(settings.tol_encoding)
         if lowrank:
             raise TableError(
                 f"--tol-encoding {settings.tol_encoding}: there is no such table yet, and its rank is yours to choose; "
-                f"run `tolserve table build {model_dir} --rank N` first, or with --energy"
+                f"run `tolserve table build {model_dir} --encoding {values} --rank N --out DIR` and give --table DIR"
             )
         if not Checkpoint(model_dir).has_memory_weights():
             raise TableError(
-                f"{model_dir} has neither a table under {beside} nor memory tensors to build one from; give --table"
+                f"{model_dir} has neither a {settings.tol_encoding} table under {beside} nor memory tensors to build "
+                "one from; give --table, or another --tol-encoding"
             )
         _build(model_dir, cached, BuildOptions(values))
     return _checked(Table.open(cached), fingerprint, settings, config)
@@ -233,7 +237,7 @@ def _checked(table: Table, fingerprint: str, settings: EngineSettings, config: M
             f"{table.path} was built from other weights (fingerprint {manifest.fingerprint}, model {fingerprint}); "
             "build this model's own with `tolserve table build`"
         )
-    if manifest.encoding.name != settings.tol_encoding:
+    if manifest.encoding.name != settings.tol_encoding and not settings.any_encoding:
         raise TableError(
             f"{table.path} is encoded as {manifest.encoding.name}, not --tol-encoding {settings.tol_encoding}; give "
             "--tol-encoding its name, or --table another one"

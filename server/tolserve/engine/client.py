@@ -126,7 +126,9 @@ class EngineClient:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             try:
-                self._child = Child(self._context, self._settings, self._became_ready)
+                # The table may have been exchanged for one of another encoding, even while the engine went down.
+                settings = self._settings | {"any_encoding": True}
+                self._child = Child(self._context, settings, self._became_ready)
             except OSError as error:
                 log.error("%s", error)
             else:
@@ -208,8 +210,6 @@ class EngineClient:
         """
         answer = await self._answering().ask(Reopen(), Reopened, None)
         facts = self._granted(answer.facts if answer is not None else None, answer)
-        # An engine that replaces this one must take the table that lies there.
-        self._settings = self._settings | {"tol_encoding": facts["encoding"]["name"]}
         return facts
 
     def _granted(self, value: Granted | None, answer: Resized | Reopened | None) -> Granted:

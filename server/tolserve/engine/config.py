@@ -20,6 +20,7 @@ class EngineSettings:
     tol_save_frequencies: str | None = None
     tol_trace: str | None = None
     tol_encoding: str = "bf16"
+    any_encoding: bool = False  # take the table at --table or MODEL/tol whatever its encoding
     tol_io: str = "direct"
     tol_read_depth: int = 32
     max_num_seqs: int = 32

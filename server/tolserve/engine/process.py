@@ -110,7 +110,8 @@ class EngineServer:
             path = str(self.engine.pager.table.path) if self.engine.pager is not None else ""
             return Reopened(None, Declined("conflict", str(error).replace(path, "the table")))
         except MemoryError as error:
-            return Reopened(None, Declined("memory", str(error)))
+            log.warning("the table was not reopened: %s", error)
+            return Reopened(None, Declined("memory", "there is no memory for the new tiers beside the old ones"))
 
     def _ready(self) -> Ready:
         manifest = self.engine.pager.table.manifest if self.engine.pager is not None else None

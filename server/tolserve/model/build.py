@@ -69,6 +69,12 @@ class BuildOptions:
         """Layers with rows. Raises EncodingError for options that do not fit the model's shape."""
         if self.rank is not None and not 0 < self.rank <= config.hidden_size:
             raise EncodingError(f"--rank {self.rank}: the model's rows have {config.hidden_size} values")
+        step = self.encoding(None).group_size or GROUP_STEP
+        if self.lowrank and step > config.hidden_size:
+            raise EncodingError(f"--group-size {step}: the model's rows have {config.hidden_size} values")
+        if self.rank is not None and self.rank % step:
+            above = (self.rank // step + 1) * step
+            raise EncodingError(f"--rank {self.rank}: it must be a multiple of {step}, such as {above}")
         known = range(config.num_hidden_layers)
         if unknown := [layer for layer in self.dropped_layers if layer not in known]:
             raise EncodingError(f"--drop-layers {unknown[0]}: the model's layers are 0 to {known[-1]}")

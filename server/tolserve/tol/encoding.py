@@ -78,7 +78,7 @@ class Encoding:
         group = self.group_size or 1
         if uneven := [width for width in widths if width % group]:
             raise EncodingError(
-                f"a row of {uneven[0]} values is no multiple of the group size {group}; give a "
+                f"a row of {uneven[0]} values is no multiple of the group size {group}; give `tolserve table build` a "
                 "--group-size that divides it"
             )
         return widths

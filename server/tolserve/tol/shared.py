@@ -80,7 +80,8 @@ class WholeTable:
             self.path.unlink(missing_ok=True)
             raise MemoryError(
                 f"the whole table takes {self._size} bytes of shared memory, which {_FOLDER} does not have "
-                f"({error.strerror}); raise its size (docker run --shm-size), or give a smaller --host-cache"
+                f"({error.strerror}); raise its size (docker run --shm-size, compose's shm_size, an emptyDir of medium "
+                "Memory there), or give a smaller --host-cache"
             ) from error
         except BaseException:
             self.path.unlink(missing_ok=True)

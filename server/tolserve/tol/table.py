@@ -147,10 +147,13 @@ class Table:
 
 
 def verify(table: Table, progress: Callable[[int, int], object] | None = None) -> None:
-    """Read every record and check its checksums. `progress(done, total)` is called after each record.
+    """Read every record, and the factors of a lowrank table, and check their checksums. `progress(done, total)` is
+    called after each record.
 
     Raises TableError that counts the bad records and names the first ones.
     """
+    if table.manifest.encoding.ranks is not None:
+        table.read_factors()
     bad: list[RecordError] = []
     for shard in table.manifest.shards:
         with (table.path / shard.file).open("rb", buffering=0) as file:

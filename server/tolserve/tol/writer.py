@@ -62,7 +62,7 @@ class PartialFolder:
                 raise BlockingIOError  # its writer finished just now
             _refuse_to_replace_other_files(self.path)
         except BaseException as error:
-            self.close()
+            os.close(self._fd)  # and leave the folder alone: it is its writer's
             if isinstance(error, BlockingIOError | FileNotFoundError):
                 raise TableError(f"another build is writing {self.target}; wait for it, or end it") from None
             raise
@@ -193,6 +193,8 @@ class TableWriter:
         """Find how many records are right, from the first on."""
         file = self._partial.path / CHECKSUMS
         stored = np.fromfile(file, "<u4", offset=len(self._checksum_header()))
+        if stored.size != self._checksums.size:
+            raise TableError(f"{file} changed its length while it was read")
         self._checksums[:] = stored.reshape(self._checksums.shape)
         table = Table(self._partial.path, self.manifest, self._checksums)
         right = 0
