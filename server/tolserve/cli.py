@@ -257,6 +257,8 @@ def _plan_tiers(settings: TablePlanSettings, config: Any, plan: Any, table: Any)
     counts = None
     if settings.frequencies is not None:
         counts = read_frequencies(settings.frequencies, shape.vocab_size)
+        if not counts.any():
+            raise OptionError(f"--frequencies {settings.frequencies}: it holds no counts yet")
     estimate: FromTrace | FromCounts = FromCounts(counts, shape.vocab_size, settings.policy, host_slots)
     if settings.trace is not None:
         trace = Trace.load(settings.trace)

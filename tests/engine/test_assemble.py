@@ -115,10 +115,23 @@ def test_a_table_of_another_shape_is_refused(
         found(model_dir, cache, table=str(path))
 
 
-def test_a_table_of_another_encoding_is_refused(model_dir: Path, cache: Path) -> None:
-    build_table(model_dir, model_dir / "tol")
+def test_a_table_of_another_encoding_is_refused(model_dir: Path, cache: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    build_table(model_dir, table)
     with pytest.raises(TableError, match="bf16, not --tol-encoding int8"):
-        found(model_dir, cache, tol_encoding="int8")
+        found(model_dir, cache, table=str(table), tol_encoding="int8")
+    assert found(model_dir, cache, table=str(table), tol_encoding="int8", any_encoding=True) == table
+
+
+def test_a_table_of_another_encoding_beside_the_model_is_passed_over(
+    model_dir_of: Callable[[ModelConfig], Path], cache: Path
+) -> None:
+    model_dir = model_dir_of(tiny_config(hidden_size=64))
+    build_table(model_dir, model_dir / "tol")
+    built = found(model_dir, cache, tol_encoding="int8")
+    assert built.name == f"{read_fingerprint(model_dir)}-int8"
+    assert found(model_dir, cache) == model_dir / "tol"
+    assert found(model_dir, cache, tol_encoding="int8", any_encoding=True) == model_dir / "tol"
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

@@ -19,6 +19,8 @@ class Records:
     def __init__(self, device: set[int], host: set[int], read_seconds: float) -> None:
         self.device, self.host, self.read_seconds = device, host, read_seconds
 
+    ahead = 0
+
     def present(self, token: int) -> bool:
         return token in self.device
 
@@ -32,7 +34,7 @@ def sequence(number: int, token: int, pending: int = 1) -> Sequence:
 
 
 def rule(records: Any, step_seconds: float | None) -> SitOut:
-    sit_out = SitOut(records)
+    sit_out = SitOut(records, 100)
     if step_seconds is not None:
         sit_out._step_seconds = step_seconds
     return sit_out
@@ -63,6 +65,15 @@ def test_prompts_and_an_unknown_step_time_make_nobody_sit_out() -> None:
     assert rule(records, None).choose([sequence(0, 1), sequence(1, 2)]) == set()
     assert rule(records, 0.001).choose([sequence(0, 1), sequence(1, 2, pending=3)]) == set()
     assert rule(records, 0.001).choose([sequence(0, 1), sequence(1, 2)]) == {"1"}
+
+
+def test_only_those_sit_out_whose_reads_may_start() -> None:
+    records = Records({0}, set(), 1.0)
+    sit_out = SitOut(records, 3)  # type: ignore[arg-type]
+    sit_out._step_seconds = 0.001
+    running = [sequence(number, token) for number, token in enumerate([0, 1, 2, 3, 4])]
+    records.ahead = 1
+    assert sit_out.choose(running) == {"1", "2"}
 
 
 def impatient(engine: Engine, step_seconds: float) -> None:

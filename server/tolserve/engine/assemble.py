@@ -60,11 +60,12 @@ def assemble(settings: EngineSettings) -> Engine:
     metrics = Metrics()
     table = _table(settings, model_dir, config)
     watch = TableWatch(stamps_of(table), metrics) if table is not None else None
-    pager = _pager(settings, table, device, metrics) if table is not None else None
+    blocks = kv_blocks(settings, config, dtype, max_len)
     recorder = _recorder(settings, config)
     model = load_transformer(model_dir, with_memory=False, dtype=dtype, device=device)
-    blocks = kv_blocks(settings, config, dtype, max_len)
     kv = KVCache(config, blocks=blocks, block_size=BLOCK_SIZE, max_len=max_len, dtype=dtype, device=device)
+    # Last: a table in shared memory is there for others too, and must not stay behind when something else fails.
+    pager = _pager(settings, table, device, metrics) if table is not None else None
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE),
         max_seqs=settings.max_num_seqs,

@@ -53,7 +53,7 @@ class Engine:
         self.registry = metrics
         self.metrics = EngineMetrics(metrics)
         self._sequences: dict[str, Sequence] = {}
-        self._sit_out = SitOut(self.pager) if self.pager is not None else None
+        self._sit_out = SitOut(self.pager, scheduler.max_fills) if self.pager is not None else None
 
     @property
     def busy(self) -> bool:
@@ -132,15 +132,15 @@ class Engine:
         """
         pager = self._paged()
         table = Table.open(pager.table.path)
-        stamps = stamps_of(table)
+        stamps, facts = stamps_of(table), describe(table)
         factors = self.runner.factors_of(table)
         pager.reopen(table)
         self.runner.factors = factors
+        self.scheduler.max_distinct = pager.slots
         if self.watch is not None:
             self.watch.follow(stamps)
-        self.scheduler.max_distinct = pager.slots
         log.info("the table %s was reopened", table.path)
-        return describe(table)
+        return facts
 
     def _paged(self) -> Pager:
         if self.pager is None:

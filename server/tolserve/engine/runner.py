@@ -41,7 +41,7 @@ class Runner:
                 layer: torch.from_numpy(rows).view(torch.bfloat16).to(self.device, self.kv.data.dtype)
                 for layer, rows in bits.items()
             }
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch's own for CUDA is a subclass; for the CPU there is none
             raise MemoryError(f"the factors of {table.path} do not fit on {self.device}: {error}") from error
 
     @torch.inference_mode()

@@ -17,8 +17,9 @@ class SitOut:
     resident table that way, and at 0.88 if all waited (benchmarks/paging.py, int4 records, before this rule).
     """
 
-    def __init__(self, pager: Pager) -> None:
-        self._pager = pager
+    def __init__(self, pager: Pager, max_fills: int) -> None:
+        """`max_fills` bounds the reads ahead, and so those who sit out: each one's read must start now."""
+        self._pager, self._max_fills = pager, max_fills
         self._step_seconds = float("inf")  # of a decode, without its stall; unknown at first: nobody sits out
 
     def ran(self, chunks: list[Chunk], seconds: float) -> None:
@@ -35,7 +36,8 @@ class SitOut:
                 sequence.sat_out = False
             return set()
         late = [sequence for sequence in decoding if self._is_on_disk(sequence.tokens[-1])]
-        chosen = {sequence.request_id for sequence in late if not sequence.sat_out}
+        fresh = [sequence.request_id for sequence in late if not sequence.sat_out]
+        chosen = set(fresh[: max(0, self._max_fills - self._pager.ahead)])
         if len(chosen) == len(decoding) or self._step_seconds * len(late) >= self._pager.read_seconds * len(decoding):
             chosen = set()
         for sequence in decoding:

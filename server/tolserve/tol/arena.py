@@ -3,6 +3,7 @@
 import mmap
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -81,9 +82,14 @@ class DeviceArena:
     def copy(self, other: "DeviceArena", slots: Sequence[int]) -> None:
         """Take these slots of another arena of the same device and record size over, into the slots from 0 on.
 
-        Waits until it is done: both arenas' other work is ordered by the host then.
+        Both arenas must be `quiet`. Needs no memory but for the slots' numbers.
         """
-        self.data[: len(slots)] = other.data[torch.tensor(slots, dtype=torch.int64, device=self.device)]
+        index = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        torch.index_select(other.data, 0, index, out=self.data[: len(slots)])
+        self.quiet()
+
+    def quiet(self) -> None:
+        """Wait until all work on the device is done: what was launched on any stream."""
         if not self._on_cpu:
             torch.cuda.synchronize(self.device)
 
@@ -121,6 +127,8 @@ class HostMemory:
             code = torch.cuda.cudart().cudaHostRegister(self.records.ctypes.data, size, flags)
             if int(code) != 0:
                 self._registered = False
+                with suppress(RuntimeError):  # the refusal stays CUDA's last error until somebody asks for it
+                    torch.zeros(1, device=device)
                 raise MemoryError(f"{size} bytes of host memory cannot be pinned: CUDA error {int(code)}")
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import comb
+from math import lgamma
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +120,11 @@ def _stay(asked: Floats, slots: int, pinned: int) -> Floats:
 
 def _binomial(most: int, chance: float) -> Floats:
     """Share of steps with 0, 1, ... `most` reads when each of `most` lookups reads with this chance."""
-    return np.array([comb(most, n) * chance**n * (1 - chance) ** (most - n) for n in range(most + 1)])
+    if not 0 < chance < 1:
+        return np.eye(most + 1)[most if chance >= 1 else 0]
+    logs = [lgamma(most + 1) - lgamma(n + 1) - lgamma(most - n + 1) for n in range(most + 1)]
+    reads = np.arange(most + 1)
+    return np.exp(np.array(logs) + reads * np.log(chance) + (most - reads) * np.log1p(-chance))
 
 
 @dataclass

@@ -63,6 +63,7 @@ class HostTier:
         self._memory = HostMemory(slots, record_bytes, device)
         self.policy = policy
         self._evictions = evictions
+        self._ever_used = slots > 0
         self._free = list(range(slots))
         self._slot_of: dict[int, int] = {}
         self._reserved: set[int] = set()
@@ -94,7 +95,7 @@ class HostTier:
             self._copies[slot] = [copy, *(event for event in self._copies.get(slot, ()) if not event.query())]
 
     def policies(self) -> list[Policy]:
-        return [self.policy] if self.slots else []  # being told costs time
+        return [self.policy] if self._ever_used else []  # being told costs time
 
     def _evictable(self, token: int) -> bool:
         return token not in self._reserved and token not in self._lent
@@ -141,6 +142,7 @@ class HostTier:
         self._free = list(range(len(kept), slots))
         self._copies.clear()
         self.policy.resize(slots)
+        self._ever_used |= slots > 0
         self._evictions.add(len(gone), "host")
 
     def check(self) -> None:

@@ -193,7 +193,7 @@ class Pager:
         absent = {token: self._absent(token) for token in wanted}
         for part in self.parts:
             for token in wanted:
-                if token in part.slot_of:
+                if token in part.slot_of and token not in self._unused:
                     part.policy.touch(token)
 
         def evictable(token: int) -> bool:
@@ -419,6 +419,8 @@ class Pager:
         if self._leases:
             raise RuntimeError("a step holds records: tiers change between two steps alone")
         self._drain()
+        for part in self.parts:  # copies that were launched and steps that still read
+            part.arena.quiet()
 
     def view(self, limit: int) -> DeviceView:
         """The `limit` records that would be evicted last, and what was evicted lately."""

@@ -190,7 +190,8 @@ class Recorder:
             self._counts.add(tokens)
 
     def ended(self, tokens: Sequence[int]) -> None:
-        """A sequence is over, finished or not; these of its tokens went through the layers, in this order."""
+        """A sequence is over, finished or not; these of its tokens were run, in this order, the last ones perhaps in a
+        step that failed."""
         if self._trace is None or self._trace.stopped or not tokens:
             return
         with self._lock:

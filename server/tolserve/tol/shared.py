@@ -10,6 +10,7 @@ import hashlib
 import logging
 import mmap
 import os
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - not a place for temporary files: RAM that processes share
 _PREFIX = "tolserve-"
+# Before looking again at a file that another process may be loading.
+_RETRY_SECONDS = 0.05
 # Reads queued while the table is loaded: the readers never idle, and the results stay few.
 _QUEUE = 64
 
@@ -46,7 +49,7 @@ class WholeTable:
             mapping = mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ)
             self._memory = HostMemory(manifest.vocab_size, manifest.record_bytes, device, mapping)
         except BaseException:
-            os.close(self._fd)
+            self._let_go()
             raise
 
     def _open(self, table: Table, disk: DiskSource) -> int:
@@ -55,17 +58,31 @@ class WholeTable:
             fd = os.open(self.path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH)  # waits for a process that is loading it
-                if not _is_complete(fd):
-                    fcntl.flock(fd, fcntl.LOCK_EX)
-                    if _lies_at(fd, self.path) and not _is_complete(fd):
-                        self._load(table, disk)
+                if not self._is_complete(fd) and self._is_ours_to_load(fd):
+                    self._load(table, disk)
                     fcntl.flock(fd, fcntl.LOCK_SH)
-                if _lies_at(fd, self.path):  # else it was deleted between two of these calls
+                if _lies_at(fd, self.path) and self._is_complete(fd):  # else it was deleted, or another one loads it
                     return fd
             except BaseException:
                 os.close(fd)
                 raise
             os.close(fd)
+            time.sleep(_RETRY_SECONDS)
+
+    def _is_complete(self, fd: int) -> bool:
+        """Raises MemoryError for a file that somebody else put there: nothing in it could be believed."""
+        status = os.fstat(fd)
+        if status.st_uid != os.getuid():
+            raise MemoryError(f"{self.path} belongs to another user; delete it, or give a smaller --host-cache")
+        return not status.st_mode & 0o200 and status.st_size == self._size
+
+    def _is_ours_to_load(self, fd: int) -> bool:
+        """Whether no other process has the incomplete file open; it is locked against all others then."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return _lies_at(fd, self.path) and not self._is_complete(fd)
 
     def _load(self, table: Table, disk: DiskSource) -> None:
         """Fill the file. Its owner loses the right to write as the last act: that is what says it is complete."""
@@ -120,6 +137,9 @@ class WholeTable:
         if self._fd < 0:
             return
         self._memory.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)  # closing is not enough: the mapping has a copy of the descriptor
         os.close(self._fd)
         self._fd = -1
@@ -131,10 +151,6 @@ def _identity(table: Table) -> str:
     digest = hashlib.sha256((table.path / MANIFEST).read_bytes())
     digest.update(table.checksums.tobytes())
     return digest.hexdigest()[:32]
-
-
-def _is_complete(fd: int) -> bool:
-    return not os.fstat(fd).st_mode & 0o200
 
 
 def _lies_at(fd: int, path: Path) -> bool:
@@ -151,13 +167,13 @@ def _delete_unused(keep: Path | None) -> None:
             continue
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except OSError:  # gone, or somebody else's under this name
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
-        except BlockingIOError:
-            pass  # somebody uses or loads it
+        except OSError:
+            pass  # somebody uses or loads it, or it is not ours
         finally:
             os.close(fd)
 

@@ -96,14 +96,14 @@ class Tiers:
         ]
 
     def reopened(self, table: Table, count: Counters) -> "Tiers":
-        """Tiers of as many bytes over another version of the table."""
+        """Tiers of as many bytes over another version of the table; one that holds all of it holds all again."""
         old, new = self.table.manifest, table.manifest
-        host_slots = self.host.slots * old.record_bytes // new.record_bytes
-        whole = self.host.slots == old.vocab_size
+        vocab_size = new.vocab_size
+        host_slots = min(self.host.slots * old.record_bytes // new.record_bytes, vocab_size - 1)
         return Tiers(
             table,
-            max(1, self.device_bytes // new.record_bytes),
-            new.vocab_size if whole else min(host_slots, new.vocab_size - 1),
+            vocab_size if self.slots == vocab_size else max(1, self.device_bytes // new.record_bytes),
+            vocab_size if self.host.slots == vocab_size else host_slots,
             self.options,
             count,
         )

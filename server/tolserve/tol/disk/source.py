@@ -31,7 +31,7 @@ READ_DEPTH = 32
 # for 0.22, 0.25 and 0.26 GB/s in the background (98,304 bytes each, busy machine), and 42 ms if all share one queue.
 _BACKGROUND = 4
 # A disk that is slow for seconds still gets to finish; one that hangs does not keep the process from ending.
-CLOSE_SECONDS = 5.0
+CLOSE_SECONDS = 3.0
 # Reads that are over are taken in this many turns, so that others start while the first of them are checked.
 _TURNS = 4
 # What a file system without O_DIRECT answers, at the opening or at the first read.
