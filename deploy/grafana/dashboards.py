@@ -299,6 +299,13 @@ SERVING = [
         {"preemptions": rate("num_preemptions_total")},
     ),
     Panel(
+        "Order changed for the cache",
+        "Requests that started before earlier ones because their records were there, and steps that a request let pass "
+        "while its record came from disk, per second.",
+        "ops",
+        {"overtakes": rate("num_overtakes_total"), "sat out": rate("num_sat_out_total")},
+    ),
+    Panel(
         "HTTP answers by status",
         "429 is a full queue, 499 a client that left, 503 a server that starts, stops or lost its engine. 401 and 400 "
         "are the clients'.",

@@ -170,7 +170,7 @@ class EngineOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
     table: Path | None = Field(None, description="table directory; else MODEL/tol, else built once into --cache-dir")
     device_cache: CacheSize = Field("10%", description="records on the device: a count, bytes (2GiB) or share (10%)")
-    host_cache: CacheSize = Field("0", description="records in host memory behind the device, in the same units")
+    host_cache: CacheSize = Field("0", description="records in RAM behind it, same units; processes share a 100%")
     tol_policy: PolicyName = Field("context", description="which record leaves a full cache")
     tol_frequencies: Path | None = Field(None, description="token counts to preload and to pin by (`table freq`)")
     tol_save_frequencies: Path | None = Field(None, description="file to keep counts of the tokens that run in")

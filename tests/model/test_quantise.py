@@ -43,7 +43,8 @@ def test_bytes_are_those_of_the_reference_both_ways(
             scale = abs(float(scale_of(group, values))) if group_size else np.abs(group) * 2.0**-7
             # The level that two's complement lacks above zero costs int4 up to half a scale more.
             bound = scale * (0.5 if values != "int4" else 1.0) * (1 + 2.0**-6)
-            assert (np.abs(decoded[start : start + len(group)].astype(float) - group) <= bound + 1e-40).all()
+            # Below 127 times half of the smallest bf16, 6e-39, a group's scale is zero.
+            assert (np.abs(decoded[start : start + len(group)].astype(float) - group) <= bound + 1e-38).all()
 
 
 def test_what_is_not_finite_is_refused() -> None:
