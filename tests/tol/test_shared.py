@@ -1,11 +1,13 @@
 """A whole table in shared memory: one copy per host, complete or absent, gone with the last process."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,6 +130,41 @@ def test_an_incomplete_one_is_read_again(tmp_path: Path) -> None:
     again = whole(table)
     assert np.array_equal(again.lend(VOCAB - 1), records[VOCAB - 1])
     again.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_file_of_somebody_else_is_not_believed(tmp_path: Path) -> None:
+    table, records = make_table(tmp_path / "t", VOCAB)
+    first = whole(table)
+    path = first.path
+    first.close()
+    path.write_bytes(bytes(records.size))
+    path.chmod(0o444)
+    os.chown(path, 65534, 65534)
+    try:
+        with pytest.raises(MemoryError, match="another user"):
+            whole(table)
+        other, _ = make_table(tmp_path / "other", VOCAB + 1)
+        whole(other).close()  # and it stops nobody else
+        assert path.exists()
+    finally:
+        path.unlink()
+
+
+def test_those_who_wait_for_a_loader_that_dies_load_it_themselves(tmp_path: Path) -> None:
+    table, _ = make_table(tmp_path / "t", VOCAB)
+    first = whole(table)
+    path = first.path
+    first.close()
+    path.touch(0o600)
+    with path.open("rb") as dying:
+        fcntl.flock(dying, fcntl.LOCK_EX)
+        children = [child(table) for _ in range(3)]
+        time.sleep(2)  # all of them wait by now
+    outstanding = [int(line(process)) for process in children]
+    assert sorted(number > 0 for number in outstanding) == [False, False, True]
+    for process in children:
+        process.communicate("\n")
 
 
 def test_a_bad_record_makes_no_whole_table(tmp_path: Path) -> None:

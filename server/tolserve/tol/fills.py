@@ -2,38 +2,16 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 from tolserve.tol.arena import Event
 from tolserve.tol.counters import Counters
 from tolserve.tol.disk import DiskSource, Read, ReadRequest
 from tolserve.tol.disk.reads import Deliver
 from tolserve.tol.host import Host
-from tolserve.tol.part import Part
+from tolserve.tol.part import Cause, Fill, Part
 from tolserve.tol.table import Bytes, RecordError, Table
 
-Source = Literal["host", "disk"]
-Cause = Literal["demand", "prefetch", "preload"]
-
-
 _READS_REMEMBERED = 32
-
-
-@dataclass(eq=False, slots=True)
-class Fill:
-    """A record, or parts of it, on its way into a slot of each part; `error` says why it did not arrive, once it has
-    landed."""
-
-    token: int
-    source: Source
-    cause: Cause
-    slots: dict[int, int] = field(default_factory=dict)  # by part
-    landed: bool = False
-    error: RecordError | None = None
-    fault: Exception | None = None  # what its delivery raised: ours, not the table's
-    record: Bytes | None = None  # lent by the host tier until it is copied
-    kept: bool = False  # the read goes into the host tier too
 
 
 class Fills:

@@ -1,12 +1,9 @@
 """A step's claim on its records."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from tolserve.tol.fills import Fill
+from tolserve.tol.part import Fill
 from tolserve.tol.table import RecordError
-
-if TYPE_CHECKING:
-    from tolserve.tol.pager import Pager
 
 
 class RecordsUnavailable(RuntimeError):  # noqa: N818 - says what happened; RecordError is one record's
@@ -24,8 +21,9 @@ class Lease:
     the device tier, whole, when asked for.
     """
 
-    def __init__(self, pager: "Pager", tokens: dict[int, None]) -> None:
-        self._pager = pager
+    def __init__(self, bring: "Callable[[Lease, int], float]", tokens: dict[int, None]) -> None:
+        """`bring` is the pager's."""
+        self._bring = bring
         self.tokens = tokens  # distinct, in order
         self.slots: list[dict[int, int]] = []
         self.hits: frozenset[int] = frozenset()
@@ -45,7 +43,7 @@ class Lease:
         Returns the seconds that this call waited (the first call adds what `acquire` was blocked), 0.0 when all was
         there. Raises RecordsUnavailable naming the tokens that failed: their slots hold nothing of theirs.
         """
-        waited = self._pager.bring(self, part)
+        waited = self._bring(self, part)
         if errors := {fill.token: fill.error for fill in self.fills if fill.error is not None}:
             raise RecordsUnavailable(errors)
         return waited

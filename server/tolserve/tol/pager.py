@@ -13,9 +13,9 @@ from tolserve.metrics import Metrics
 from tolserve.tol.arena import Device
 from tolserve.tol.counters import Counters
 from tolserve.tol.disk import READ_DEPTH
-from tolserve.tol.fills import Cause, Fills
+from tolserve.tol.fills import Fills
 from tolserve.tol.lease import Lease, RecordsUnavailable
-from tolserve.tol.part import Part
+from tolserve.tol.part import Cause, Part
 from tolserve.tol.table import Table, TableError
 from tolserve.tol.tiers import TierOptions, Tiers
 from tolserve.tol.view import EVICTIONS_KEPT, DeviceView, RecordState, Resident
@@ -125,7 +125,7 @@ class Pager:
                 f"{len(wanted)} distinct tokens do not fit into {self.slots} slots of which {others} are pinned by "
                 "other steps; split the step"
             )
-        lease = Lease(self, wanted)
+        lease = Lease(self.bring, wanted)
         self._leases.append(lease)
         try:
             self._claim(lease)

@@ -1,20 +1,37 @@
 """One part of the device tier: the slots for some of a record's layer groups, and which token lies in which."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Literal
 
 from tolserve.tol.arena import Device, DeviceArena, Event
 from tolserve.tol.manifest import Manifest
 from tolserve.tol.policy import make_policy
 from tolserve.tol.policy.base import Policy
-from tolserve.tol.table import Bytes
+from tolserve.tol.table import Bytes, RecordError
 
-if TYPE_CHECKING:
-    from tolserve.tol.fills import Fill
+Source = Literal["host", "disk"]
+Cause = Literal["demand", "prefetch", "preload"]
 
 # Slots that a part keeps free between steps, a 256th of all: at 4,096 slots and 32 sequences a step has 6 misses on
 # average and 16 hardly ever, and what a 256th of the slots costs in hits is lost in the noise (0.1 points).
 SPARE_SHARE = 256
+
+
+@dataclass(eq=False, slots=True)
+class Fill:
+    """A record, or parts of it, on its way into a slot of each part; `error` says why it did not arrive, once it has
+    landed."""
+
+    token: int
+    source: Source
+    cause: Cause
+    slots: dict[int, int] = field(default_factory=dict)  # by part
+    landed: bool = False
+    error: RecordError | None = None
+    fault: Exception | None = None  # what its delivery raised: ours, not the table's
+    record: Bytes | None = None  # lent by the host tier until it is copied
+    kept: bool = False  # the read goes into the host tier too
 
 
 class Part:
@@ -41,7 +58,7 @@ class Part:
         """Slots to keep free between steps, so that a step finds room without asking who must go."""
         return self.slots // SPARE_SHARE if self.slots < self._vocab_size else 0
 
-    def assign(self, token: int, slot: int, fill: "Fill") -> None:
+    def assign(self, token: int, slot: int, fill: Fill) -> None:
         """Promise a free slot to a token that `fill` will bring."""
         self.slot_of[token] = slot
         self.arriving[token] = fill

@@ -58,9 +58,10 @@ class WholeTable:
             fd = os.open(self.path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH)  # waits for a process that is loading it
-                if not self._is_complete(fd) and self._is_ours_to_load(fd):
+                mine = not self._is_complete(fd) and self._is_ours_to_load(fd)  # if it fails, no lock is left
+                if mine:
                     self._load(table, disk)
-                    fcntl.flock(fd, fcntl.LOCK_SH)
+                fcntl.flock(fd, fcntl.LOCK_SH)
                 if _lies_at(fd, self.path) and self._is_complete(fd):  # else it was deleted, or another one loads it
                     return fd
             except BaseException:
@@ -170,8 +171,9 @@ def _delete_unused(keep: Path | None) -> None:
         except OSError:  # gone, or somebody else's under this name
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+            if os.fstat(fd).st_uid == os.getuid():
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
         except OSError:
             pass  # somebody uses or loads it, or it is not ours
         finally:
