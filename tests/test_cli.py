@@ -154,10 +154,14 @@ def test_a_plan_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["table", "replay", "--trace", str(trace), "--sequences", "2", "--cache", "299", "--json"]) == 0
     replayed = json.loads(capsys.readouterr().out)["hit_rate"]
     assert replayed in [pytest.approx(row[1]) for row in rates.values()]
+    none = tmp_path / "none.npz"
+    write_frequencies(none, np.zeros(8192, np.int64))
     for words, status, message in (
         (["--trace", str(other)], 1, "vocabulary of 40 tokens, the model has 8,192"),
         (["--frequencies", str(other)], 1, "no frequency list"),
         (["--policy", "static"], 2, "--policy static needs --frequencies"),
+        (["--frequencies", str(none)], 2, "holds no counts yet"),
+        (["--trace", str(trace), "--frequencies", str(counts)], 2, "give one of them"),
         (["--device-cache", "0"], 1, "--device-cache 0"),
         (["--encoding", "lowrank"], 1, "table build"),
         (["--encoding", "int3"], 2, "int3"),

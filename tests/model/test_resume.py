@@ -16,6 +16,7 @@ from tiny import tiny_config
 from tolserve.model.build import BuildOptions, build_table, export
 from tolserve.model.config import ModelConfig
 from tolserve.model.networks import TOKENS_PER_BATCH
+from tolserve.tol.encoding import EncodingError
 from tolserve.tol.table import Table, TableError, verify
 
 BATCHES = 6
@@ -135,6 +136,33 @@ def test_another_table_at_the_same_place_starts_over(
     build_table(model_dir, tmp_path / "tol", other, progress=lambda done, total: seen.append(done))
     assert seen[0] <= TOKENS_PER_BATCH
     assert contents(tmp_path / "tol") == contents(tmp_path / "whole")
+
+
+def test_a_second_build_leaves_the_first_ones_empty_folder_alone(model_dir: Path, tmp_path: Path) -> None:
+    """A lowrank build writes nothing in its first pass."""
+
+    def second(done: int, total: int) -> None:
+        with pytest.raises(TableError, match="another build is writing"):
+            build_table(model_dir, tmp_path / "tol")
+
+    build_table(model_dir, tmp_path / "tol", BuildOptions(energy=0.9), progress=second)
+    verify(Table.open(tmp_path / "tol"))
+
+
+def test_verify_looks_at_the_factors_too(model_dir: Path, tmp_path: Path) -> None:
+    build_table(model_dir, tmp_path / "tol", BuildOptions(energy=0.9))
+    with (tmp_path / "tol" / "factors.safetensors").open("r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"\x00\x7f\x11")
+    with pytest.raises(TableError, match="factors"):
+        verify(Table.open(tmp_path / "tol"))
+
+
+def test_a_rank_is_taken_as_it_is_or_refused(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(EncodingError, match="multiple of 8, such as 16"):
+        build_table(model_dir, tmp_path / "tol", BuildOptions(rank=10))
+    build_table(model_dir, tmp_path / "tol", BuildOptions(rank=16))
+    assert set(Table.open(tmp_path / "tol").manifest.encoding.ranks or ()) == {16}
 
 
 def test_two_builds_at_one_place_are_refused(model_dir: Path, tmp_path: Path) -> None:

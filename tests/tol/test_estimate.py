@@ -128,6 +128,15 @@ def test_an_estimate_never_leaves_its_bounds(counts: list[int], sequences: int, 
             assert guess.reads.sum() == pytest.approx(1)
 
 
+def test_thousands_of_sequences_have_an_estimate() -> None:
+    guess = independent(zipf(8000), 4096, 6000, "lru")
+    assert guess is not None
+    shares = guess.reads
+    assert len(shares) == 4097
+    assert shares.sum() == pytest.approx(1)
+    assert shares @ np.arange(4097) == pytest.approx(guess.disk)
+
+
 def test_all_records_are_hits_in_a_cache_of_all_records() -> None:
     steps = interleave(trace_of([[1, 2, 3], [4, 5, 9]]), 2)
     for demand in (replayed(steps, 10, "lru"), independent(zipf(10), 2, 10, "lru")):
