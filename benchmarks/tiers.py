@@ -34,7 +34,7 @@ Miss = tuple[int, int | None]  # the token, and the victim that made room for it
 
 
 def misses(steps: Steps, slots: int, policy_name: str) -> Iterator[list[Miss]]:
-    """Of each step, as the pager calls a policy."""
+    """Of each step, as a replay calls a policy."""
     policy = make_policy(policy_name, slots)
     resident: set[int] = set()
     for step, wanted in enumerate(steps.distinct):
