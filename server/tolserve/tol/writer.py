@@ -18,6 +18,7 @@ import numpy as np
 
 from tolserve.tol.encoding import BF16, Encoding, EncodingError
 from tolserve.tol.factors import Factors, read_factors
+from tolserve.tol.files import sync_folder
 from tolserve.tol.manifest import (
     CHECKSUMS,
     FACTORS,
@@ -108,7 +109,7 @@ class PartialFolder:
             if replaced:
                 os.rename(old, self.target)
             raise
-        _sync_folder(self.target.parent)
+        sync_folder(self.target.parent)
         shutil.rmtree(old, ignore_errors=True)
         self.close()
 
@@ -187,7 +188,7 @@ class TableWriter:
             _write_synced(folder / FACTORS, start + factors.values.tobytes())
         _write_synced(folder / CHECKSUMS, self._checksum_header() + self._checksums.tobytes())
         _write_synced(folder / COMING, self.manifest.to_json().encode())
-        _sync_folder(folder)
+        sync_folder(folder)
 
     def _keep(self, batch: int) -> None:
         """Find how many records are right, from the first on."""
@@ -373,11 +374,3 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
