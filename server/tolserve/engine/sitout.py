@@ -13,8 +13,8 @@ class SitOut:
     """Decides by what each way costs: the step's time for those that sit out, or the reads' time for everybody.
 
     With a step of 2 ms, 32 sequences and 2 records to come, 0.13 ms of the step are lost against 0.2 ms of waiting;
-    with one of 100 ms nobody sits out. Under a clock of 2 ms, from disk, 32 sequences ran at 0.93 of the speed of a
-    resident table that way, and at 0.88 if all waited (benchmarks/paging.py, int4 records, before this rule).
+    with one of 100 ms nobody sits out. Under a clock of 2 ms, from disk, 32 sequences ran at 0.92 of the speed of a
+    resident table that way, and at 0.88 if all waited (benchmarks/paging.py, int4 records).
     """
 
     def __init__(self, pager: Pager, max_fills: int) -> None:

@@ -1,4 +1,4 @@
-"""How records come up: from the disk through reader threads, from the host tier by a copy."""
+"""How records come up: from the disk by reads, from the host tier by a copy."""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from tolserve.tol.host import Host
 from tolserve.tol.part import Cause, Fill, Part
 from tolserve.tol.table import Bytes, RecordError, Table
 
-_READS_REMEMBERED = 32
+_READS_REMEMBERED = 32  # about ten steps with misses: soon true again when the disk gets busier
 
 
 class Fills:
@@ -63,7 +63,7 @@ class Fills:
         return ReadRequest(fill.token, groups, self._deliver(fill, groups, keep), background=fill.cause != "demand")
 
     def _deliver(self, fill: Fill, groups: range, keep: Bytes | None) -> Deliver:
-        """Runs in a reader thread, and so touches nothing but its own bytes."""
+        """May run in a reader thread, and so touches nothing but its own bytes."""
         base = self.table.manifest.groups[groups.start].offset
         targets = [(index, self.parts[index], slot) for index, slot in fill.slots.items()]
 

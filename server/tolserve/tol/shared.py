@@ -16,7 +16,6 @@ from pathlib import Path
 
 from tolserve.tol.arena import Device, Event, HostMemory
 from tolserve.tol.disk import DiskSource, ReadRequest
-from tolserve.tol.manifest import MANIFEST
 from tolserve.tol.policy.base import Policy
 from tolserve.tol.table import Bytes, RecordError, Table
 
@@ -149,7 +148,7 @@ class WholeTable:
 
 def _identity(table: Table) -> str:
     """The same for tables of the same records, another for any other."""
-    digest = hashlib.sha256((table.path / MANIFEST).read_bytes())
+    digest = hashlib.sha256(table.manifest.to_json().encode())
     digest.update(table.checksums.tobytes())
     return digest.hexdigest()[:32]
 
