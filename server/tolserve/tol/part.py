@@ -56,7 +56,7 @@ class Part:
     @property
     def spare(self) -> int:
         """Slots to keep free between steps, so that a step finds room without asking who must go."""
-        return self.slots // SPARE_SHARE if self.slots < self._vocab_size else 0
+        return spare_slots(self.slots, self._vocab_size)
 
     def assign(self, token: int, slot: int, fill: Fill) -> None:
         """Promise a free slot to a token that `fill` will bring."""
@@ -136,6 +136,11 @@ class Part:
             "a record is on its way to no slot": not self.arriving.keys() <= self.slot_of.keys(),
         }
         return [f"groups {list(self.groups)}: {problem}" for problem, is_so in wrong.items() if is_so]
+
+
+def spare_slots(slots: int, vocab_size: int) -> int:
+    """Of a tier's `slots`, those that are kept free; none where every record has one."""
+    return slots // SPARE_SHARE if slots < vocab_size else 0
 
 
 def part_slots(manifest: Manifest, records: int, head_factor: float | None) -> list[tuple[range, int]]:

@@ -13,7 +13,7 @@ from tolserve.tol.disk import DiskSource, Read, ReadRequest
 from tolserve.tol.encoding import GROUP_SIZE, Encoding, EncodingError, values_of
 from tolserve.tol.estimate import Demand
 from tolserve.tol.manifest import Manifest
-from tolserve.tol.part import SPARE_SHARE
+from tolserve.tol.part import spare_slots
 from tolserve.tol.size import parse_cache_size
 from tolserve.tol.table import Bytes, Table
 from tolserve.tol.writer import lay_out
@@ -242,8 +242,7 @@ def add_tiers(
         step = default_step_ms(together) if step_ms is None else step_ms
         held, figures = size * plan.table.slot_bytes, {}
         # The pager keeps some slots free between steps: its hits are those of a tier without them.
-        spare = size // SPARE_SHARE if size < plan.table.vocab_size else 0
-        if (asked := estimate(size - spare, together)) is not None:
+        if (asked := estimate(size - spare_slots(size, plan.table.vocab_size), together)) is not None:
             figures = _figures(asked, plan.table.read_bytes, disk, step, plan.model["num_hidden_layers"])
         share = size / plan.table.vocab_size
         rows.append(Row(size, share, held, held + plan.memory.total, together, step, **figures))
