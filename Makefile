@@ -10,7 +10,8 @@ STAMP := .venv/installed
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# The C kernels too: an editable install builds them where there is a compiler.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/tolkernels/cpu/*)
 	@test -n "$(PYTHON)" || { echo "tolserve needs Python 3.11 or later; give it as PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -34,4 +35,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build kernels/tolkernels/_cpu*.so
