@@ -1,9 +1,10 @@
-"""GPU kernels of tolserve, each with a torch twin of the same signature.
+"""Kernels of tolserve, each with a torch twin of the same signature.
 
-Call them by the names in this package: `dispatch` takes the Triton kernel on CUDA where Triton is installed, the twin
-everywhere else.
+Call them by the names in this package: each takes the Triton kernel on CUDA where Triton is installed, a compiled one
+on the CPU where it was built, and the twin everywhere else.
 """
 
 from tolkernels.gather import gather_rows
+from tolkernels.linear import Encoding, Weight, embedding_rows, fast_on_cpu, linear, make_weight
 
-__all__ = ["gather_rows"]
+__all__ = ["Encoding", "Weight", "embedding_rows", "fast_on_cpu", "gather_rows", "linear", "make_weight"]

@@ -1,4 +1,6 @@
+#define _GNU_SOURCE
 #include "isa.h"
+#include <sys/mman.h>
 
 int tk_isa(void) {
     __builtin_cpu_init();
@@ -7,4 +9,9 @@ int tk_isa(void) {
           __builtin_cpu_supports("avx512vl")))
         return ISA_AVX2;
     return ISA_AVX512;
+}
+
+void tk_huge_pages(void *start, long bytes) {
+    const uintptr_t first = ((uintptr_t)start + 4095) / 4096 * 4096, end = ((uintptr_t)start + bytes) / 4096 * 4096;
+    if (end > first) madvise((void *)first, end - first, MADV_HUGEPAGE);  // a wish; a kernel without them refuses
 }

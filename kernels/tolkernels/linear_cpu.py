@@ -1,0 +1,139 @@
+"""`tolkernels.linear` on the CPU through the compiled kernels: weights in panels of 16 outputs (cpu/linear.c).
+
+    float32, float16, int8   data [P, K, 16]
+    bfloat16                 data [P, K/2, 16, 2]
+    int4                     data [P, K/8, 16] int32, each eight values + 8, the first in the lowest bits;
+                             scales [P, K/32, 16] bfloat16
+
+P is N / 16, rounded up to an even number; the padding is zero. int8 has scales [N] float32.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tolkernels.cpu import library
+
+PANEL = 16
+GROUP = 32
+_PANELS_PER_TILE = 2
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int4": torch.int32,
+}
+_CODES = {name: code for code, name in enumerate(_DTYPES)}  # the enum in linear.c
+
+
+def available() -> bool:
+    return library() is not None
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    lib = library()
+    if lib is None:
+        raise RuntimeError("the CPU kernels are not built: ask available() first")
+    lib.tk_linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 3 + [ctypes.c_int] * 3
+    lib.tk_linear.restype = ctypes.c_int
+    lib.tk_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_long]
+    lib.tk_huge_pages.restype = None
+    return lib
+
+
+def isa() -> int:
+    """The machine's level of instructions, as cpu/isa.h numbers them."""
+    return int(_functions().tk_isa())
+
+
+def empty(outputs: int, inputs: int, encoding: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Room for a weight [outputs, inputs]: its data and scales."""
+    panels = -(-outputs // (PANEL * _PANELS_PER_TILE)) * _PANELS_PER_TILE
+    shape = {"bfloat16": (inputs // 2, PANEL, 2), "int4": (inputs // 8, PANEL)}.get(encoding, (inputs, PANEL))
+    data = torch.empty(panels, *shape, dtype=_DTYPES[encoding], device=device)
+    # Before the first touch: 4 KiB pages cost a miss in the address cache each, and end a run of the prefetcher.
+    _functions().tk_huge_pages(data.data_ptr(), data.nbytes)
+    if encoding == "int8":
+        return data, torch.empty(outputs, device=device)
+    if encoding == "int4":
+        return data, torch.empty(panels, inputs // GROUP, PANEL, dtype=torch.bfloat16, device=device)
+    return data, None
+
+
+def fill(
+    data: Tensor, scales: Tensor | None, start: int, values: Tensor, factors: Tensor | None, encoding: str
+) -> None:
+    """Put rows `values` [n, K] from row `start` on, a multiple of 32, into panels; n is one too unless they are last.
+
+    int4's values are int8, one to a byte; `factors` are their scales [n, K/32], or [n] for int8.
+    """
+    panels = slice(start // PANEL, -(-(start + len(values)) // (PANEL * _PANELS_PER_TILE)) * _PANELS_PER_TILE)
+    missing = (panels.stop - panels.start) * PANEL - len(values)
+    values = torch.nn.functional.pad(values, (0, 0, 0, missing)).unflatten(0, (-1, PANEL))  # [p, 16, K]
+    if encoding == "bfloat16":
+        data[panels] = values.unflatten(2, (-1, 2)).transpose(1, 2)
+    elif encoding == "int4":
+        lanes = torch.zeros(data[panels].shape, dtype=torch.int32)
+        for place in range(8):
+            lanes |= (values[..., place::8].transpose(1, 2).to(torch.int32) + 8) << 4 * place
+        data[panels] = lanes
+    else:
+        data[panels] = values.transpose(1, 2)
+    if scales is not None and factors is not None:
+        if encoding == "int8":
+            scales[start : start + len(factors)] = factors
+        else:
+            scales[panels] = torch.nn.functional.pad(factors, (0, 0, 0, missing)).unflatten(0, (-1, PANEL)).mT
+
+
+def rows(ids: Tensor, data: Tensor, scales: Tensor | None, encoding: str) -> tuple[Tensor, Tensor | None]:
+    """Values [T, K] and scales of rows `ids`, as `fill` took them."""
+    panel, lane = ids // PANEL, ids % PANEL
+    values = data[panel, :, lane]
+    if encoding == "int8" and scales is not None:
+        return values, scales[ids]
+    if encoding == "int4" and scales is not None:
+        nibbles = (values.unsqueeze(2) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
+        return (nibbles - 8).flatten(1).to(torch.int8), scales[panel, :, lane]
+    return values.flatten(1), None
+
+
+def linear(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor | None,
+    encoding: str,
+    outputs: int,
+    residual: Tensor | None,
+    *,
+    level: int | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """x [T, K] float32 times a weight of `outputs` rows, plus residual [T, outputs] float32.
+
+    `level` of instructions and `threads` are the machine's and torch's, unless a test asks for others.
+    """
+    x = x.contiguous()
+    residual = residual.contiguous() if residual is not None else None
+    out = torch.empty(len(x), outputs)
+    failed = _functions().tk_linear(
+        data.data_ptr(),
+        scales.data_ptr() if scales is not None and encoding == "int4" else None,
+        scales.data_ptr() if scales is not None and encoding == "int8" else None,
+        x.data_ptr(),
+        residual.data_ptr() if residual is not None else None,
+        out.data_ptr(),
+        len(x),
+        outputs,
+        x.shape[1],
+        _CODES[encoding],
+        isa() if level is None else level,
+        torch.get_num_threads() if threads is None else threads,
+    )
+    if failed:
+        raise MemoryError(f"no memory for the {len(x)} tokens of a linear map")
+    return out
