@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tolkernels import linear_cpu
-from tolkernels.dispatch import use_triton
 
 Encoding = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
@@ -79,10 +78,6 @@ def linear(x: Tensor, weight: Weight, residual: Tensor | None = None) -> Tensor:
         add = residual.float() if residual is not None else None
         out = linear_cpu.linear(x.float(), weight.data, weight.scales, weight.encoding, weight.shape[0], add)
         return out.to(x.dtype)
-    if weight.scales is not None and use_triton(x.device):
-        from tolkernels.linear_triton import quantised_linear
-
-        return quantised_linear(x, weight.data, weight.scales, residual)
     return linear_torch(x, weight, residual)
 
 
@@ -160,7 +155,7 @@ def _fill_rows(
         pairs = values.view(torch.uint8).unflatten(1, (-1, 2)) & 15
         values = pairs[..., 0] | pairs[..., 1] << 4
     data[start : start + len(values)] = values
-    if scales is not None:
+    if scales is not None and factors is not None:
         scales[start : start + len(values)] = factors
 
 
