@@ -4,7 +4,21 @@ Call them by the names in this package: each takes the Triton kernel on CUDA whe
 on the CPU where it was built, and the twin everywhere else.
 """
 
-from tolkernels.gather import gather_rows
+from tolkernels.attention import decode_attention, store_kv
+from tolkernels.gather import add_rows, gather_rows, lookup_slots, rms_norm
 from tolkernels.linear import Encoding, Weight, embedding_rows, fast_on_cpu, linear, make_weight
 
-__all__ = ["Encoding", "Weight", "embedding_rows", "fast_on_cpu", "gather_rows", "linear", "make_weight"]
+__all__ = [
+    "Encoding",
+    "Weight",
+    "add_rows",
+    "decode_attention",
+    "embedding_rows",
+    "fast_on_cpu",
+    "gather_rows",
+    "linear",
+    "lookup_slots",
+    "make_weight",
+    "rms_norm",
+    "store_kv",
+]
