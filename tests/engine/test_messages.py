@@ -90,7 +90,7 @@ to_engine: st.SearchStrategy[ToEngine] = st.one_of(
 )
 from_engine: st.SearchStrategy[FromEngine] = st.one_of(
     st.builds(Ready, counts, counts, st.one_of(st.none(), ids), st.one_of(st.none(), ids)),
-    st.builds(Progress, deltas),
+    st.builds(Progress, st.lists(deltas, max_size=3)),
     st.builds(Refusal, failures),
     st.builds(MetricsSnapshot, st.lists(metrics, max_size=3)),
     st.builds(Heartbeat, floats),

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -9,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from tolserve.engine import sampler
 from tolserve.engine.request import SamplingParams
-from tolserve.engine.sampler import logprobs, sample, uniform
+from tolserve.engine.sampler import choose, draw_all, logprobs, uniform
 
 SLACK = 1e-9  # cumulative sums of another order may fall on the other side of a bound
 
@@ -51,16 +54,47 @@ def drawn(logits: npt.NDArray[np.float32], params: SamplingParams, top_p: float,
     return kept[-1][0]
 
 
-@given(logit_rows, params, st.integers(1, 2**20))
-@settings(max_examples=400)
-def test_a_token_is_drawn_as_by_hand(logits: npt.NDArray[np.float32], params: SamplingParams, position: int) -> None:
+def sample(logits: Tensor, params: SamplingParams, position: int) -> int:
+    return int(choose(logits[None], [params], [position]))
+
+
+@given(logit_rows, params, st.integers(1, 2**20), st.sampled_from([1, 2, 5, 1024]))
+@settings(max_examples=600)
+def test_a_token_is_drawn_as_by_hand(
+    logits: npt.NDArray[np.float32], params: SamplingParams, position: int, candidates: int
+) -> None:
+    """By a sort of all, and by ranking the first few candidates, however few."""
     draw = uniform(params.seed, params.choice, position)
     slack = (-SLACK, 0.0, SLACK)
     right = {
         drawn(logits, params, params.top_p + a, params.min_p + b, draw + c)
         for a, b, c in itertools.product(slack, slack, slack)
     }
-    assert sample(torch.from_numpy(logits), params, position) in right
+    with mock.patch.object(sampler, "FIRST_CANDIDATES", candidates):
+        assert sample(torch.from_numpy(logits), params, position) in right
+    assert int(draw_all(torch.from_numpy(logits)[None], [params], [position])) in right
+
+
+@given(st.integers(0, 2**32), st.lists(st.tuples(params, st.integers(1, 99)), min_size=1, max_size=6))
+@settings(max_examples=60)
+def test_a_batch_gets_what_each_gets_alone(seed: int, asked: list[tuple[SamplingParams, int]]) -> None:
+    """Greedy ones among them, over more logits than the first candidates."""
+    logits = torch.randn(len(asked), 5000, generator=torch.Generator().manual_seed(seed)).mul(3).round(decimals=2)
+    each = [SamplingParams(**vars(p) | {"temperature": 0.0 if n % 3 == 0 else p.temperature}) for p, n in asked]
+    positions = [position for _, position in asked]
+    chosen = choose(logits, each, positions).tolist()
+    assert chosen == [sample(row, p, n) for row, p, n in zip(logits, each, positions, strict=True)]
+    assert chosen == draw_all(logits, each, positions).tolist()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_no_numbers_give_some_token(bad: float) -> None:
+    logits = torch.full((3, 2000), bad)
+    logits[1, 7], logits[2, :3] = 1.0, 0.5
+    for temperature in (0.0, 1.0):
+        each = [SamplingParams(1, temperature=temperature, top_p=0.9)] * 3
+        for tokens in (choose(logits, each, [1, 2, 3]), draw_all(logits, each, [1, 2, 3])):
+            assert ((tokens >= 0) & (tokens < 2000)).all()
 
 
 @given(logit_rows, params, st.integers(0, 99))

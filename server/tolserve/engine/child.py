@@ -156,9 +156,12 @@ class Child:
 
     def _dispatch(self, message: FromEngine) -> None:
         match message:
-            case Progress(delta=answer) | Refusal(failure=answer):
-                if (queue := self.answers.get(answer.request_id)) is not None:
-                    queue.put_nowait(answer)
+            case Progress(deltas=deltas):
+                for delta in deltas:
+                    self._answer(delta)
+                return
+            case Refusal(failure=failure):
+                self._answer(failure)
                 return
             case Ready():
                 self.ready_since = self._heard = time.monotonic()
@@ -169,6 +172,10 @@ class Child:
         waiting = self._asked[type(message)]
         if waiting and not (first := waiting.popleft()).done():
             first.set_result(message)
+
+    def _answer(self, answer: Delta | Failure) -> None:
+        if (queue := self.answers.get(answer.request_id)) is not None:
+            queue.put_nowait(answer)
 
     async def _listen(self) -> None:
         while True:

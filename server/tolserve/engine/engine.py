@@ -11,7 +11,7 @@ from torch import Tensor
 from tolserve.engine.metrics import EngineMetrics
 from tolserve.engine.request import Delta, Failure, FinishReason, Request, TokenLogprob, Usage
 from tolserve.engine.runner import Runner, StepResult
-from tolserve.engine.sampler import logprobs, sample
+from tolserve.engine.sampler import choose, logprobs
 from tolserve.engine.scheduler import Scheduler, prefix_within
 from tolserve.engine.sequence import Chunk, Sequence
 from tolserve.engine.sitout import SitOut
@@ -242,48 +242,50 @@ class Engine:
         return failures
 
     def _advance(self, chunks: list[Chunk], result: StepResult, lease: Lease | None) -> list[Output]:
-        """Sample where a chunk reached its sequence's end; one logits call for all of them."""
+        """Sample where a chunk reached its sequence's end: one call for all of them."""
+        ends: list[tuple[Sequence, int]] = []  # sequences that sample, and the row of their last token
+        cursor = 0
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
             _count(chunk, result, lease)
-        outputs: list[Output] = []
-        ends: list[tuple[Chunk, int]] = []  # chunks that sample, and the row of their last token
-        cursor = 0
-        for chunk in chunks:
-            self._score_prompt(chunk, result.hidden[cursor : cursor + chunk.count])
+            self._score_prompt(chunk, result.hidden, cursor)
             cursor += chunk.count
             if chunk.samples:
-                ends.append((chunk, cursor - 1))
-        if ends:
-            logits = self.runner.logits(result.hidden[[row for _, row in ends]])
-            for (chunk, _), row in zip(ends, logits, strict=True):
-                outputs.append(self._extend(chunk.sequence, row))
-        return outputs
+                ends.append((chunk.sequence, cursor - 1))
+        if not ends:
+            return []
+        hidden = result.hidden if len(ends) == cursor else result.hidden[[row for _, row in ends]]
+        logits = self.runner.logits(hidden)
+        sequences = [sequence for sequence, _ in ends]
+        chosen = choose(logits, [s.request.sampling for s in sequences], [len(s.tokens) for s in sequences])
+        scores = _scores(sequences, logits, chosen)
+        now = time.monotonic()
+        return [
+            self._extend(sequence, token, scores.get(row), now)
+            for row, (sequence, token) in enumerate(zip(sequences, chosen.tolist(), strict=True))
+        ]
 
-    def _score_prompt(self, chunk: Chunk, hidden: Tensor) -> None:
-        """Log-probabilities of the prompt tokens that this chunk's positions predict, if asked for."""
+    def _score_prompt(self, chunk: Chunk, hidden: Tensor, cursor: int) -> None:
+        """Log-probabilities of the prompt tokens that this chunk's positions predict, if asked for. Its hidden states
+        begin at row `cursor`."""
         sequence = chunk.sequence
         top = sequence.request.sampling.prompt_logprobs
         first, last = len(sequence.prompt_logprobs), min(chunk.end + 1, sequence.prompt_length)
         if top is None or first >= last:
             return
         targets = torch.tensor(sequence.tokens[first:last], device=hidden.device)
-        scored = hidden[first - 1 - chunk.start : last - 1 - chunk.start]
+        begin = cursor - chunk.start - 1
+        scored = hidden[begin + first : begin + last]
         sequence.prompt_logprobs.extend(logprobs(self.runner.logits(scored), targets, top))
 
-    def _extend(self, sequence: Sequence, logits: Tensor) -> Delta:
-        """Choose a sequence's next token from its logits [V] and say what came of it."""
+    def _extend(self, sequence: Sequence, token: int, score: TokenLogprob | None, now: float) -> Delta:
+        """Give a sequence the token that was chosen for it, and say what came of it."""
         params = sequence.request.sampling
         first_answer = sequence.first_token is None
-        tokens: list[int] = []
-        scores: list[TokenLogprob] | None = None
-        if params.max_tokens:
-            tokens = [sample(logits, params, len(sequence.tokens))]
-            sequence.tokens += tokens
-            if params.logprobs is not None:
-                scores = logprobs(logits[None], torch.tensor(tokens, device=logits.device), params.logprobs)
+        tokens = [token] if params.max_tokens else []
+        sequence.tokens += tokens
         finish_reason = self._finish_reason(sequence)
-        self.metrics.token(sequence, time.monotonic(), len(tokens))
+        self.metrics.token(sequence, now, len(tokens))
         if finish_reason is not None:
             self.abort(sequence.request_id)
             self.metrics.finished(sequence, finish_reason)
@@ -291,7 +293,7 @@ class Engine:
             sequence.request_id,
             tokens,
             _usage(sequence),
-            scores,
+            [score] if score is not None else None,
             sequence.prompt_logprobs if first_answer and params.prompt_logprobs is not None else None,
             finish_reason,
             _new_hits(sequence) if params.token_hits else None,
@@ -339,6 +341,20 @@ def _count(chunk: Chunk, result: StepResult, lease: Lease | None) -> None:
         # A preempted sequence runs its tokens again; what counts is how each was found the first time.
         seen = len(chunk.sequence.token_hits) - chunk.start
         chunk.sequence.token_hits += [token in lease.hits for token in chunk.tokens[max(seen, 0) :]]
+
+
+def _scores(sequences: list[Sequence], logits: Tensor, chosen: Tensor) -> dict[int, TokenLogprob]:
+    """Of the tokens [B] chosen from logits [B, V], by row: those of the sequences that asked for log-probabilities."""
+    asked: dict[int, list[int]] = {}  # rows by the number of alternatives
+    for row, sequence in enumerate(sequences):
+        params = sequence.request.sampling
+        if params.logprobs is not None and params.max_tokens:
+            asked.setdefault(params.logprobs, []).append(row)
+    return {
+        row: score
+        for top, rows in asked.items()
+        for row, score in zip(rows, logprobs(logits[rows], chosen[rows], top), strict=True)
+    }
 
 
 def _new_hits(sequence: Sequence) -> list[bool]:

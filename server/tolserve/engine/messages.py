@@ -37,7 +37,9 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
-    delta: Delta
+    """What a step gave to the sequences of one worker."""
+
+    deltas: list[Delta]
 
 
 class Refusal(msgspec.Struct, tag="refusal", frozen=True):

@@ -12,7 +12,7 @@ import zmq
 
 from tolserve.engine.assemble import SettingsError, assemble, use_threads
 from tolserve.engine.config import EngineSettings
-from tolserve.engine.engine import Engine
+from tolserve.engine.engine import Engine, Output
 from tolserve.engine.messages import (
     Abort,
     AskCache,
@@ -58,8 +58,7 @@ class EngineServer:
         while lifeline not in dict(poller.poll(0 if self.engine.busy else None)):
             self.pulse.step_begins()
             self._receive_all()
-            for output in self.engine.step():
-                self._send_output(output)
+            self._send_outputs(self.engine.step())
             self.pulse.step_ends()
 
     def _receive_all(self) -> None:
@@ -122,15 +121,22 @@ class EngineServer:
             encoding=manifest.encoding.name if manifest else None,
         )
 
-    def _send_output(self, output: Delta | Failure) -> None:
-        worker = self._worker_of[output.request_id]
-        if isinstance(output, Failure) or output.finish_reason is not None:
-            del self._worker_of[output.request_id]
-        if isinstance(output, Failure):
+    def _send_outputs(self, outputs: list[Output]) -> None:
+        """One message with a step's deltas for each worker, and one for each failure."""
+        deltas: dict[bytes, list[Delta]] = {}
+        for output in outputs:
+            worker = self._worker_of[output.request_id]
+            if isinstance(output, Failure) or output.finish_reason is not None:
+                del self._worker_of[output.request_id]
+            if isinstance(output, Delta):
+                deltas.setdefault(worker, []).append(output)
+                continue
             # The HTTP request's id comes before the slash, see api/state.py.
             about = {"request_id": output.request_id.partition("/")[0], "kind": output.kind}
             log.warning("a request failed: %s", output.message, extra=about)
-        self._send(worker, Refusal(output) if isinstance(output, Failure) else Progress(output))
+            self._send(worker, Refusal(output))
+        for worker, of_worker in deltas.items():
+            self._send(worker, Progress(of_worker))
 
     def _send(self, worker: bytes, message: FromEngine) -> None:
         self.socket.send_multipart([worker, encode(message)])
