@@ -19,7 +19,9 @@ from tolserve.engine.sampler import choose, draw_all, logprobs, uniform
 SLACK = 1e-9  # cumulative sums of another order may fall on the other side of a bound
 
 # Few distinct values among them, so that ties are common.
-logit = st.one_of(st.floats(-30, 30, width=32), st.floats(-2, 2, width=32), st.sampled_from([-1.0, 0.0, 0.5, 2.0]))
+logit = st.one_of(
+    st.floats(-30, 30, width=32), st.floats(-2, 2, width=32), st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0])
+)
 logit_rows = st.lists(logit, min_size=1, max_size=40).map(lambda values: np.array(values, np.float32))
 params = st.builds(
     SamplingParams,
@@ -76,10 +78,10 @@ def test_a_token_is_drawn_as_by_hand(
 
 
 @given(st.integers(0, 2**32), st.lists(st.tuples(params, st.integers(1, 99)), min_size=1, max_size=6))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_a_batch_gets_what_each_gets_alone(seed: int, asked: list[tuple[SamplingParams, int]]) -> None:
     """Greedy ones among them, over more logits than the first candidates."""
-    logits = torch.randn(len(asked), 5000, generator=torch.Generator().manual_seed(seed)).mul(3).round(decimals=2)
+    logits = torch.randn(len(asked), 20_000, generator=torch.Generator().manual_seed(seed)).mul(3).round(decimals=2)
     each = [SamplingParams(**vars(p) | {"temperature": 0.0 if n % 3 == 0 else p.temperature}) for p, n in asked]
     positions = [position for _, position in asked]
     chosen = choose(logits, each, positions).tolist()

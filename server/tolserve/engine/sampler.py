@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tolserve.engine.request import SamplingParams, TokenLogprob
 
-# A token is looked for among this many best ones before all are sorted. Of a trained model's distribution they hold
-# nearly everything, and over 128,256 logits finding them takes 0.25 ms, a sort of all 12 ms.
-FIRST_CANDIDATES = 1024
+# A token is looked for among so many best ones before all are ranked. Of 128,256 logits that are spread like
+# N(0, 2.5^2), flatter than a trained model's, they hold 91% at temperature 1; ranking them takes 0.13 ms, all 2 ms.
+FIRST_CANDIDATES = 16384
 
 Floats = npt.NDArray[np.float64]
 
@@ -96,12 +96,20 @@ def _kept(weights: Floats, cumulative: Floats, most: float, least: float) -> int
 
 
 def _ranked(logits: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
-    """The `count` best tokens, best first, of equals the lowest first."""
+    """The `count` best tokens, best first, of equals the lowest first.
+
+    Each candidate becomes an integer of its logit's bits above its number: numpy sorts those with vector instructions,
+    fifteen times as fast as its stable sort of floats.
+    """
     if count < len(logits):
         tokens = np.flatnonzero(logits >= np.partition(logits, len(logits) - count)[len(logits) - count])
     else:
         tokens = np.arange(len(logits))
-    order: npt.NDArray[np.int64] = tokens[np.argsort(-logits[tokens], kind="stable")][:count]
+    bits = (logits[tokens] + np.float32(0)).view(np.int32)  # -0 becomes 0, its equal
+    ascending = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
+    keys = (~ascending << 32) | tokens
+    keys.sort()
+    order: npt.NDArray[np.int64] = keys[:count] & 0xFFFFFFFF
     return order
 
 
