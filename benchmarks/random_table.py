@@ -2,9 +2,8 @@
 
     python benchmarks/random_table.py /fast/disk/table --vocab-size 128256 --num-layers 24 --hidden-size 2048
 
-Paging does not look into records; they only have to differ. bf16 values are finite all the same, N(0, 0.02^2), since
-benchmarks/decode.py runs a model over them. Records of another encoding are random bytes: their scales may be NaN, so
-they are good to be paged and not to be gathered. A table that is there already is opened, not written again.
+Paging does not look into records; they only have to differ. Values are of the size of N(0, 0.02^2) all the same, in
+every encoding, since benchmarks run models over them. A table that is there already is opened, not written again.
 """
 
 import argparse
@@ -15,8 +14,9 @@ from typing import Any, get_args
 
 import numpy as np
 import report
+from numpy.typing import NDArray
 
-from tolserve.tol.encoding import BF16, Encoding, Values
+from tolserve.tol.encoding import BF16, GROUP_SIZE, SCALE_BYTES, Encoding, Values
 from tolserve.tol.table import Bytes, Manifest, Table, describe
 from tolserve.tol.writer import TableWriter
 
@@ -52,18 +52,48 @@ def random_table(
 def _records(manifest: Manifest) -> Iterator[Bytes]:
     """All records in order, uint8 [n, record_bytes] at a time."""
     size = manifest.record_bytes
-    rng = np.random.default_rng(1)
-    if manifest.encoding.name == "bf16":
-        step = 2
-        values = rng.standard_normal(size // 2 + WINDOWS, np.float32) * np.float32(0.02)
-        noise = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    else:
-        step = 1
-        noise = rng.integers(0, 256, size + WINDOWS, np.uint8)
+    noise, step = _noise(manifest)
+    scales = _scale_columns(manifest)
     batch = max(1, BATCH_BYTES // size)
     for first in range(0, manifest.vocab_size, batch):
         starts = (token % WINDOWS * step for token in range(first, min(first + batch, manifest.vocab_size)))
-        yield np.stack([noise[start : start + size] for start in starts])
+        records = np.stack([noise[start : start + size] for start in starts])
+        if len(scales):
+            records[:, scales] = np.resize(_scale(manifest.encoding.values), len(scales))
+        yield records
+
+
+def _noise(manifest: Manifest) -> tuple[Bytes, int]:
+    """What records are windows into, and how many bytes lie from one window to the next."""
+    size, rng = manifest.record_bytes, np.random.default_rng(1)
+    if manifest.encoding.values == "bf16":
+        values = rng.standard_normal(size // 2 + WINDOWS, np.float32) * np.float32(0.02)
+        return _bf16(values), 2
+    if manifest.encoding.values == "int8":
+        return rng.integers(-127, 128, size + WINDOWS, np.int8).view(np.uint8), 1
+    return rng.integers(0, 256, size + WINDOWS, np.uint8), 1
+
+
+def _scale(values: Values) -> Bytes:
+    """Makes integers as large as N(0, 0.02^2): those of int8 have a deviation of 73, of int4 4.6."""
+    return _bf16(np.array([0.02 / (73 if values == "int8" else 4.6)], np.float32))
+
+
+def _bf16(values: NDArray[np.float32]) -> Bytes:
+    return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+
+
+def _scale_columns(manifest: Manifest) -> NDArray[np.intp]:
+    """The bytes of a record that hold scales, in order."""
+    group_size = manifest.encoding.group_size
+    if group_size is None:
+        return np.empty(0, np.intp)
+    columns = []
+    for layer in manifest.layers:
+        group, row = manifest.row_layout(layer)
+        end = manifest.groups[group].offset + row.offset + manifest.encoding.row_bytes(row.width)
+        columns.append(np.arange(end - SCALE_BYTES * row.width // group_size, end))
+    return np.concatenate(columns)
 
 
 def main() -> None:
@@ -73,7 +103,7 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=24)
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--encoding", default="bf16", choices=get_args(Values))
-    parser.add_argument("--group-size", type=int, default=64, help="values per scale, of int8 and int4")
+    parser.add_argument("--group-size", type=int, default=GROUP_SIZE, help="values per scale, of int8 and int4")
     args = vars(parser.parse_args())
     started = time.perf_counter()
     values, group_size = args.pop("encoding"), args.pop("group_size")
