@@ -1,0 +1,138 @@
+"""Engines whose next tokens are forced from a trace of real text, for the speed benchmarks.
+
+Weights are random, so what such a model samples is unreal, and so would be what it asks of the table. The trace is an
+.npz with `tokens` and `vocab_size`.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tolserve.engine.assemble import BLOCK_SIZE
+from tolserve.engine.blocks import BlockPool
+from tolserve.engine.engine import Engine
+from tolserve.engine.kv import KVCache
+from tolserve.engine.request import Request, SamplingParams
+from tolserve.engine.runner import Runner
+from tolserve.engine.scheduler import Scheduler
+from tolserve.metrics import Metrics
+from tolserve.model.transformer import Transformer
+from tolserve.tol.pager import Pager
+from tolserve.tol.table import Table
+
+Trace = NDArray[np.int64]
+
+
+def read_trace(path: Path, vocab_size: int) -> Trace:
+    """The trace's tokens, folded onto fewer ids where the model has fewer."""
+    return np.load(path)["tokens"].astype(np.int64) % vocab_size
+
+
+class Text:
+    """Passages spread over a trace: their first `context` tokens are prompts, the rest is what decode steps are fed."""
+
+    def __init__(self, trace: Trace, batch: int, context: int, part: int = 0) -> None:
+        """Another `part` gives other passages, for repeats with prompts that nobody has seen."""
+        starts = [(index * len(trace)) // batch + part * 4 * context for index in range(batch)]
+        self.prompts = [trace[start : start + context].tolist() for start in starts]
+        self._trace, self._at = trace, np.array([start + context for start in starts])
+
+    def take(self, steps: int) -> list[list[int]]:
+        """The tokens of the next steps [steps][batch]."""
+        rows = self._trace[(self._at + np.arange(steps)[:, None]) % len(self._trace)]
+        self._at += steps
+        return rows.tolist()
+
+
+class ForcedEngine:
+    """The whole engine, scheduler to sampler, as benchmarks drive it; a `Peer` but for its facts."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        table: Table | None,
+        *,
+        slots: int = 0,
+        sequences: int,
+        longest: int,
+        dtype: Any,
+        policy: str = "context",
+        chunk: int = 512,
+    ) -> None:
+        """`slots` of the device tier for a model with a table; room for `sequences` of `longest` tokens."""
+        config, metrics, device = model.config, Metrics(), str(model.device)
+        self.slots, pager = slots, None
+        if table is not None:
+            pager = Pager(table, device_slots=slots, host_slots=0, device=device, policy=policy, metrics=metrics)
+        self.kv_bytes_per_token = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype) // BLOCK_SIZE
+        each = -(-longest // BLOCK_SIZE) + 1
+        blocks = sequences * each
+        kv = KVCache(
+            config, blocks=blocks, block_size=BLOCK_SIZE, max_len=each * BLOCK_SIZE, dtype=dtype, device=device
+        )
+        scheduler = Scheduler(
+            BlockPool(blocks, BLOCK_SIZE), max_seqs=sequences, max_tokens=chunk, max_distinct=pager and pager.slots
+        )
+        self.engine = Engine(Runner(model, kv, pager), scheduler, metrics, max_model_len=1_000_000, max_queue=sequences)
+        self._running: list[str] = []
+
+    def start(self, prompts: list[list[int]]) -> None:
+        """Drop what runs, then run these prompts until each has its first token."""
+        self.stop()
+        for index, prompt in enumerate(prompts):
+            params = SamplingParams(max_tokens=100_000, temperature=0, ignore_eos=True)
+            request = Request(str(index), tuple(prompt), params)
+            self._running.append(request.request_id)
+            if (failure := self.engine.add(request)) is not None:
+                raise RuntimeError(failure.message)
+        while any(sequence.generated == 0 for sequence in self.engine.scheduler.sequences()):
+            self.engine.step()
+
+    def step(self, tokens: list[int]) -> None:
+        """One engine step with each sequence's next token replaced by its own of `tokens`."""
+        for sequence in self.engine.scheduler.running:
+            sequence.tokens[-1] = tokens[int(sequence.request_id)]
+        self.engine.step()
+
+    def stop(self) -> None:
+        for request_id in self._running:
+            self.engine.abort(request_id)
+        self._running.clear()
+
+    def timed_steps(self, tokens: list[list[int]]) -> list[float]:
+        """Seconds of each of these steps."""
+        times = []
+        for row in tokens:
+            started = time.perf_counter()
+            self.step(row)
+            times.append(time.perf_counter() - started)
+        return times
+
+    def counters(self) -> dict[str, float]:
+        """The table's counters by name, labels summed."""
+        return {
+            m.name.removeprefix("tolserve_"): sum(s.value for s in m.samples) for m in self.engine.registry.snapshot()
+        }
+
+    def warm(self, trace: Trace, lookups: int) -> None:
+        """Bring a bounded cache to its steady state: frequent records first, then the trace itself, as a decode would.
+        A cache of the whole table is filled."""
+        pager = self.engine.pager
+        if pager is None:
+            return
+        if pager.slots >= pager.table.manifest.vocab_size:
+            pager.preload()
+            return
+        ids, counts = np.unique(trace, return_counts=True)
+        pager.preload(ids[np.argsort(-counts, kind="stable")][: pager.slots].tolist())
+        for token in trace[:lookups].tolist():
+            lease = pager.acquire([token])
+            lease.wait()
+            pager.release(lease)
+
+    def close(self) -> None:
+        self.stop()
+        self.engine.close()
