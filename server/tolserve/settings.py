@@ -184,6 +184,7 @@ class EngineOptions(Options):
     max_queue: Positive = Field(256, description="waiting sequences at most; further requests get 429")
     cache_dir: Path = Field(default_factory=_default_cache_dir, description="private folder for tables built here")
     kv_cache: Bytes = Field("auto", description="memory for keys and values, bytes with a unit (1GiB)")
+    prefix_cache: bool = Field(True, description="keep keys and values of texts that may come again")
     threads: Positive | None = Field(None, description="CPU threads of the engine; every core it may use if not given")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is logged")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON")

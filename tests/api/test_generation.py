@@ -1,6 +1,8 @@
 """Deltas to pieces to JSON: what a stream shows piece by piece is what the whole answer shows."""
 
 import json
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ TOKENIZER = ModelTokenizer(RAW)
 END = 0
 IDS = st.lists(st.integers(0, RAW.get_vocab_size() - 1), min_size=1, max_size=16)
 SIZES = st.lists(st.integers(1, 4), min_size=16, max_size=16)
-USAGE = Usage(prompt_tokens=3, completion_tokens=5, lookups=8, hits=6, stall_ms=1.5)
+USAGE = Usage(prompt_tokens=3, cached_tokens=0, completion_tokens=5, lookups=8, hits=6, stall_ms=1.5)
 
 
 def scored(token: int) -> TokenLogprob:
@@ -175,17 +177,32 @@ def test_chat_chunks_add_up_to_the_message(tokens: list[int], sizes: list[int]) 
 
 
 def test_usage_counts_a_prompt_once_and_every_choice() -> None:
-    usage = UsageCount(3)
-    usage.add(Piece(tokens=[1, 2], usage=USAGE))  # so far: counted once, at the end
-    usage.add(Piece(tokens=[3], finish_reason="length", usage=USAGE))
-    usage.add(Piece(tokens=[4], finish_reason="length", usage=USAGE))
-    tol = {"lookups": 16, "hits": 12, "stall_ms": 3.0}
-    assert usage.to_json() == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "tol": tol}
+    usage = UsageCount(3, 2)
+    usage.add(0, Piece(tokens=[1, 2], usage=USAGE))  # so far: counted once, at the end
+    usage.add(0, Piece(tokens=[3], finish_reason="length", usage=USAGE))
+    usage.add(1, Piece(tokens=[4], finish_reason="length", usage=USAGE))
+    assert usage.to_json() == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "tol": {"lookups": 16, "hits": 12, "stall_ms": 3.0},
+    }
+
+
+@given(st.integers(1, 4), st.lists(st.integers(0, 64), min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_of_a_prompt_is_cached_what_none_of_its_choices_computed(n: int, found: list[int], dice: random.Random) -> None:
+    found = found[: max(1, len(found) // n) * n]
+    usage = UsageCount(100 * len(found), n)
+    for index in dice.sample(range(len(found)), len(found)):
+        usage.add(index, Piece(finish_reason="stop", usage=replace(USAGE, cached_tokens=found[index])))
+    least = sum(min(found[first : first + n]) for first in range(0, len(found), n))
+    assert usage.to_json()["prompt_tokens_details"] == {"cached_tokens": least}
 
 
 def test_envelopes() -> None:
     def answer(**changes: Any) -> Answer:
-        return Answer("m", "0123456789abcdef", ChatShape(TOKENIZER, False), UsageCount(1), **changes)
+        return Answer("m", "0123456789abcdef", ChatShape(TOKENIZER, False), UsageCount(1, 1), **changes)
 
     whole = answer().whole({0: Piece("hi", finish_reason="stop")})
     assert (whole["object"], whole["model"], whole["system_fingerprint"]) == (

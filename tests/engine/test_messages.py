@@ -51,9 +51,9 @@ sampling = st.builds(
     logprobs=optional_count,
     prompt_logprobs=optional_count,
 )
-requests = st.builds(Request, ids, st.lists(tokens, max_size=20).map(tuple), sampling)
+requests = st.builds(Request, ids, st.lists(tokens, max_size=20).map(tuple), sampling, st.one_of(st.none(), ids))
 scores = st.builds(TokenLogprob, tokens, floats, st.lists(st.tuples(tokens, floats), max_size=3).map(tuple))
-usages = st.builds(Usage, counts, counts, counts, counts, floats)
+usages = st.builds(Usage, counts, counts, counts, counts, counts, floats)
 deltas = st.builds(
     Delta,
     ids,
@@ -62,6 +62,7 @@ deltas = st.builds(
     st.one_of(st.none(), st.lists(scores, max_size=3)),
     st.one_of(st.none(), st.lists(st.one_of(st.none(), scores), max_size=3)),
     st.sampled_from([None, "stop", "length"]),
+    st.one_of(st.none(), st.lists(st.one_of(st.none(), st.booleans()), max_size=3)),
 )
 kinds = st.sampled_from(["invalid", "busy", "table", "engine", "dead", "stopping"])
 failures = st.builds(Failure, ids, kinds, st.text())

@@ -17,9 +17,11 @@ from tolserve.engine.sequence import Chunk, Sequence
 BLOCK_SIZE = 4
 
 
-def sequence_of(prompt: Iterable[int], max_tokens: int = 1, arrived: float = 0.0) -> Sequence:
-    request = Request(f"{arrived}", tuple(prompt), SamplingParams(max_tokens=max_tokens))
-    return Sequence(request, arrived)
+def sequence_of(
+    prompt: Iterable[int], max_tokens: int = 1, arrived: float = 0.0, salt: str | None = None, scored: bool = False
+) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=1 if scored else None)
+    return Sequence(Request(f"{arrived}", tuple(prompt), params, salt), arrived)
 
 
 def scheduler_of(
@@ -37,7 +39,9 @@ class Load:
     vocab_size: int
     arrivals: list[tuple[int, Sequence]]
     dice: random.Random
-    computed: dict[int, int] = field(default_factory=dict)  # id(sequence) -> tokens that have passed the layers
+    memory: dict[tuple[int, int], int] = field(default_factory=dict)  # (block, offset) -> what lies there
+    own: dict[int, list[int]] = field(default_factory=dict)  # id(sequence) -> what it has computed, or taken over
+    version: int = 0  # of the table
 
     @property
     def step_limit(self) -> int:
@@ -68,9 +72,7 @@ class Load:
         assert len(scheduler.running) <= scheduler.max_seqs
         if scheduler.max_distinct is not None:
             assert len({token for chunk in chunks for token in chunk.tokens}) <= scheduler.max_distinct
-        owned = [block for sequence in scheduler.sequences() for block in sequence.blocks]
-        assert len(set(owned)) == len(owned), "two sequences share a block"
-        assert len(owned) + scheduler.pool.free == scheduler.pool.blocks, "a block is lost"
+        self.check_blocks()
         for sequence in scheduler.waiting:
             assert not sequence.blocks
             assert not sequence.computed
@@ -79,17 +81,69 @@ class Load:
             assert chunk.count >= 1
             assert chunk.end <= len(chunk.sequence.tokens)
             assert len(chunk.sequence.blocks) * BLOCK_SIZE >= chunk.end, "no room for the chunk's keys"
-            assert chunk.start in (self.computed.get(id(chunk.sequence), 0), 0), "a gap before the chunk"
             assert chunk.start == chunk.sequence.computed
+            self.check_past(chunk, admitted=id(chunk.sequence) not in pending_before)
         # 0: decodes of running sequences, 1: their prefills, 2: newly admitted ones
         kinds = [2 if (p := pending_before.get(id(c.sequence))) is None else int(p > 1) for c in chunks]
         assert kinds == sorted(kinds), "a decode behind a prefill"
+
+    def check_blocks(self) -> None:
+        pool = self.scheduler.pool
+        pool.check()
+        owned = [block for sequence in self.scheduler.sequences() for block in sequence.blocks]
+        assert len(set(owned)) + pool.free == pool.blocks, "a block is lost"
+        for sequence in self.scheduler.sequences():
+            assert len(set(sequence.blocks)) == len(sequence.blocks)
+            for block in sequence.blocks[sequence.computed // BLOCK_SIZE :]:
+                assert owned.count(block) == 1, "two sequences will write into a block"
+
+    def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        return sequence.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE
+
+    def check_past(self, chunk: Chunk, admitted: bool) -> None:
+        """What a chunk attends to is what its sequence left there, or would have."""
+        sequence, start = chunk.sequence, chunk.start
+        past = [self.memory[self.place(sequence, position)] for position in range(start)]
+        if not admitted:
+            assert past == self.own[id(sequence)][:start], "somebody wrote over its keys"
+            return
+        assert past == self.written(sequence, [], start), "it was given another text's keys"
+        assert start < len(sequence.tokens), "the last token must run"
+        scored = len(sequence.prompt_logprobs)
+        assert scored in (0, sequence.prompt_length) or start < scored, "a prompt token would have no logprob"
+
+    def written(self, sequence: Sequence, past: list[int], end: int) -> list[int]:
+        """Keys and values of a sequence's first `end` tokens: each follows from all before it, and from the table."""
+        past = list(past)
+        for token in sequence.tokens[len(past) : end]:
+            past.append(hash((past[-1] if past else sequence.request.cache_salt, token, self.version)))
+        return past
+
+    def write(self, chunk: Chunk, failed: bool = False) -> None:
+        """A chunk's keys and values; of a step that fails garbage."""
+        sequence = chunk.sequence
+        past = [self.memory[self.place(sequence, position)] for position in range(chunk.start)]
+        self.own[id(sequence)] = self.written(sequence, past, chunk.end)
+        for position in range(chunk.start, chunk.end):
+            self.memory[self.place(sequence, position)] = -1 if failed else self.own[id(sequence)][position]
+
+    def fail(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            self.write(chunk, failed=True)
+
+    def exchange_table(self) -> None:
+        self.version += 1
+        self.scheduler.forget_prefixes()
 
     def advance(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             sequence = chunk.sequence
             samples = chunk.samples
-            sequence.computed = self.computed[id(sequence)] = chunk.end
+            self.write(chunk)
+            self.scheduler.ran(chunk)
+            if sequence.prompt_logprobs:
+                more = min(chunk.end + 1, sequence.prompt_length) - len(sequence.prompt_logprobs)
+                sequence.prompt_logprobs += [None] * more
             if samples and sequence.request.sampling.max_tokens:
                 sequence.tokens.append(self.dice.randrange(self.vocab_size))
             if samples and sequence.generated >= sequence.request.sampling.max_tokens:
@@ -104,7 +158,8 @@ def loads(
     arrivals = []
     for _ in range(draw(st.integers(1, 9))):
         prompt = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=30))
-        arrivals.append((draw(st.integers(0, 20)), sequence_of(prompt, draw(st.integers(0, 12)))))
+        salt, scored = draw(st.sampled_from([None, None, "a", "b"])), draw(st.sampled_from([False, False, True]))
+        arrivals.append((draw(st.integers(0, 20)), sequence_of(prompt, draw(st.integers(0, 12)), 0.0, salt, scored)))
     longest = max(len(s.tokens) + s.request.sampling.max_tokens for _, s in arrivals)
     scheduler = scheduler_of(
         blocks=-(-longest // BLOCK_SIZE) + draw(spare_blocks),
@@ -143,7 +198,7 @@ def test_a_pool_for_hardly_more_than_one_sequence_serves_all(load: Load) -> None
 
 def test_blocks_that_run_out_are_taken_from_the_youngest() -> None:
     scheduler = scheduler_of(blocks=5)  # all that one of them needs
-    old, young = sequence_of(range(7), 12, arrived=1), sequence_of(range(7), 12, arrived=2)
+    old, young = sequence_of(range(7), 12, arrived=1), sequence_of(range(9, 2, -1), 12, arrived=2)
     load = Load(scheduler, 10, [(0, old), (0, young)], random.Random(0))
     scheduler.add(old)
     scheduler.add(young)

@@ -1,6 +1,7 @@
 """Scheduling with the cache in view: what is missing delays decodes by a bounded amount, and nobody starves."""
 
 import random
+from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -37,15 +38,34 @@ class Traffic(RuleBasedStateMachine):
         )
         self.load = Load(self.scheduler, VOCAB, [], random.Random(0))
         self.clock = 0.0
+        self.hits = 0
         self.passes: dict[int, int] = {}  # id(sequence) -> admissions of others from behind it
         self.all: list[Sequence] = []  # keeps ids unique
+
+    def add(self, sequence: Sequence) -> None:
+        self.all.append(sequence)
+        self.scheduler.add(sequence)
 
     @rule(prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30), max_tokens=st.integers(0, 14))
     def arrive(self, prompt: list[int], max_tokens: int) -> None:
         self.clock += 1
-        sequence = sequence_of(prompt, max_tokens, arrived=self.clock)
-        self.all.append(sequence)
-        self.scheduler.add(sequence)
+        self.add(sequence_of(prompt, max_tokens, arrived=self.clock))
+
+    @precondition(lambda self: self.all)
+    @rule(dice=st.randoms(use_true_random=False), salt=st.sampled_from([None, None, "a"]), scored=st.booleans())
+    def go_on(self, dice: random.Random, salt: str | None, scored: bool) -> None:
+        """Somebody sends again what was sent, or what came of it, with something behind it."""
+        self.clock += 1
+        text = dice.choice(self.all).tokens[: dice.randint(1, 30)]
+        self.add(sequence_of([*text, 0][:30], dice.randrange(14), self.clock, salt, scored))
+
+    @rule()
+    def exchange_table(self) -> None:
+        self.load.exchange_table()
+
+    @rule()
+    def fail(self) -> None:
+        self.load.fail(self.scheduler.schedule())
 
     @rule(there=st.sets(st.integers(0, VOCAB - 1)))
     def change_cache(self, there: set[int]) -> None:
@@ -100,9 +120,7 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def blocks_are_conserved(self) -> None:
-        owned = [block for sequence in self.scheduler.sequences() for block in sequence.blocks]
-        assert len(owned) == len(set(owned))
-        assert len(owned) + self.scheduler.pool.free == self.scheduler.pool.blocks
+        self.load.check_blocks()
 
     def teardown(self) -> None:
         """Whatever is there, all come to their end, in no more steps than if each token had one of its own."""
@@ -203,7 +221,8 @@ def test_without_a_table_the_order_is_that_of_arrival() -> None:
 
 def test_a_preempted_one_is_not_passed_over() -> None:
     there = {0, 1}
-    scheduler = scheduler_of(blocks=4, max_distinct=100, present=there.__contains__, max_fills=2)
+    cache: dict[str, Any] = {"present": there.__contains__, "max_fills": 2, "prefix_cache": False}
+    scheduler = scheduler_of(blocks=4, max_distinct=100, **cache)
     old, young = sequence_of([0] * 7, 9, arrived=1), sequence_of([0, 0, 5, 6, 7], 9, arrived=2)
     load = Load(scheduler, 1, [], random.Random(0))
     scheduler.add(old)

@@ -30,6 +30,8 @@ class SlowLRU:
 
     def advance(self, sequence: Hashable, keys: Sequence[int]) -> None: ...
 
+    def recall(self, sequence: Hashable, keys: Sequence[int]) -> None: ...
+
     def end(self, sequence: Hashable) -> None: ...
 
     def resize(self, slots: int) -> None: ...
@@ -132,6 +134,9 @@ class SlowContext(SlowLRU):
             self.ran.append((key, self.tokens, REPEAT if key in recent[-self.window :] else 1.0))
             recent.append(key)
         self.tokens += len(keys)
+
+    def recall(self, sequence: Hashable, keys: Sequence[int]) -> None:
+        self.recent.setdefault(sequence, []).extend(keys)
 
     def end(self, sequence: Hashable) -> None:
         self.recent.pop(sequence, None)

@@ -37,9 +37,9 @@ TWINS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 }
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["step", "step", "step", "prefetch", "drop", "end", "ask", "resize"]),
+        st.sampled_from(["step", "step", "step", "prefetch", "drop", "end", "ask", "resize", "recall"]),
         st.integers(0, 2),
-        st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=4),
+        st.lists(st.integers(0, KEYS - 1), min_size=1, max_size=6),  # more than a window
         st.sets(st.integers(0, KEYS - 1)),
     ),
     max_size=60,
@@ -117,6 +117,8 @@ def test_a_policy_against_its_slow_twin(name: str, trace: list[tuple[str, int, l
         elif action == "prefetch":
             for key in keys:
                 both.bring_in(key, protected)
+        elif action == "recall":
+            both.tell("recall", sequence, keys)
         elif action == "step":
             both.step(sequence, keys, protected)
         both.check()

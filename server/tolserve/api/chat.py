@@ -80,7 +80,7 @@ async def chat_completions(
         server.settings.model_name,
         ready.fingerprint,
         ChatShape(server.files.tokenizer, bool(body.logprobs)),
-        UsageCount(len(prompt.ids)),
+        UsageCount(len(prompt.ids), body.n or 1),
         body.include_usage,
     )
     choices = server.make_choices(body, [(prompt, max_tokens)], logprobs, None)

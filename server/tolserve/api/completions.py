@@ -95,7 +95,7 @@ async def completions(
         server.settings.model_name,
         ready.fingerprint,
         CompletionShape(server.files.tokenizer, prompts, body.n or 1, echo, body.logprobs is not None),
-        UsageCount(sum(len(prompt.ids) for prompt in prompts)),
+        UsageCount(sum(len(prompt.ids) for prompt in prompts), body.n or 1),
         body.include_usage,
     )
     return await respond(http, server.engine, choices, answer, bool(body.stream))

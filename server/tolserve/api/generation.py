@@ -34,7 +34,7 @@ class Piece:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
-    token_hits: list[bool] | None = None
+    token_hits: list[bool | None] | None = None
 
     def extend(self, later: "Piece") -> None:
         self.text += later.text
@@ -140,16 +140,22 @@ async def run_choices(engine: EngineClient, choices: Sequence[Choice]) -> Pieces
 
 
 class UsageCount:
-    """Summed over a request's choices; a prompt counts once however many choices continue it."""
+    """Summed over a request's choices; a prompt counts once however many choices continue it, and what of it was cached
+    is what was for all of them."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self._prompt_tokens = prompt_tokens
+    def __init__(self, prompt_tokens: int, n: int) -> None:
+        """`prompt_tokens` of all prompts together, each of which `n` choices continue."""
+        self._prompt_tokens, self._n = prompt_tokens, n
+        self._cached_tokens: dict[int, int] = {}  # by prompt
         self._completion_tokens = 0
         self._lookups, self._hits, self._stall_ms = 0, 0, 0.0
 
-    def add(self, piece: Piece) -> None:
+    def add(self, index: int, piece: Piece) -> None:
+        """Count the next piece of a choice."""
         self._completion_tokens += len(piece.tokens)
         if piece.finish_reason is not None and piece.usage is not None:
+            prompt, cached = index // self._n, piece.usage.cached_tokens
+            self._cached_tokens[prompt] = min(cached, self._cached_tokens.get(prompt, cached))
             self._lookups += piece.usage.lookups
             self._hits += piece.usage.hits
             self._stall_ms += piece.usage.stall_ms
@@ -160,6 +166,7 @@ class UsageCount:
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
             "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens.values())},
             "tol": tol,
         }
 
@@ -232,7 +239,7 @@ async def _collect(pieces: Pieces, answer: Answer) -> dict[int, Piece]:
     collected: dict[int, Piece] = {}
     async with aclosing(pieces):
         async for index, piece in pieces:
-            answer.usage.add(piece)
+            answer.usage.add(index, piece)
             collected.setdefault(index, Piece()).extend(piece)
     return collected
 
@@ -243,7 +250,7 @@ async def _events(http: HttpRequest, first: tuple[int, Piece], rest: Pieces, ans
     item: tuple[int, Piece] | None = first
     try:
         while item is not None:
-            answer.usage.add(item[1])
+            answer.usage.add(*item)
             yield _event(answer.chunk(*item))
             item = await anext(rest, None)
     except EngineError as error:

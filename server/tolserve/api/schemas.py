@@ -1,7 +1,7 @@
 """What clients may send. Strict: no field is ignored, no text becomes a number, no bound is left open.
 
 Field meanings: OpenAI's API reference; `top_k`, `min_p`, `ignore_eos`, `stop_token_ids`,
-`include_stop_str_in_output` and the /tokenize shapes: vLLM's OpenAI-compatible server.
+`include_stop_str_in_output`, `cache_salt` and the /tokenize shapes: vLLM's OpenAI-compatible server.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ MAX_SEQUENCES = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
+MAX_SALT_CHARACTERS = 256  # as long as any token or hash that somebody would take for it
 
 # Fields of OpenAI's and vLLM's interfaces that are not served yet, with the values that ask for nothing; null is one
 # for all of them. Anything else is refused by name.
@@ -29,7 +30,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
-    "cache_salt": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
@@ -177,6 +177,9 @@ class Sampling(Wire):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     tol: TolOptions | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = Field(
+        None, description="what was computed for a prompt is used again for requests of the same salt alone"
+    )
     user: str | None = Field(None, description="an identifier of the client's own; it has no effect")
 
     @model_validator(mode="after")

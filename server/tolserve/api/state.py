@@ -112,7 +112,7 @@ class Server:
                     frozenset(params.stop_token_ids) | self.files.eos_token_ids,
                     bool(body.include_stop_str_in_output),
                 )
-                choices.append(Choice(index, Request(f"{group}-{index}", prompt.ids, params), text))
+                choices.append(Choice(index, Request(f"{group}-{index}", prompt.ids, params, body.cache_salt), text))
         return choices
 
     def _sampling(

@@ -73,6 +73,7 @@ def assemble(settings: EngineSettings) -> Engine:
         max_distinct=pager.slots if pager is not None else None,
         present=pager.present if pager is not None else None,
         max_fills=_MAX_FILLS[device],
+        prefix_cache=settings.prefix_cache,
     )
     return Engine(
         Runner(model, kv, pager),

@@ -28,6 +28,7 @@ class EngineSettings:
     max_model_len: int | None = None
     max_queue: int = 256
     kv_cache: str = "auto"
+    prefix_cache: bool = True
     threads: int | None = None
     log_format: str = "auto"
     log_level: str = "info"

@@ -93,7 +93,7 @@ class Engine:
                 self.pager.end(request_id)
                 self.pager.unneeded(sequence.tokens[sequence.computed :])
             if self.recorder is not None:
-                self.recorder.ended(sequence.tokens[: sequence.told])
+                self.recorder.ended(sequence.tokens[sequence.cached or 0 : sequence.told])
 
     def refresh_metrics(self) -> None:
         """Bring gauges up to date between steps, finished fills included."""
@@ -136,6 +136,7 @@ class Engine:
         factors = self.runner.factors_of(table)
         pager.reopen(table)
         self.runner.factors = factors
+        self.scheduler.forget_prefixes()
         self.scheduler.max_distinct = pager.slots
         if self.watch is not None:
             self.watch.follow(stamps)
@@ -224,7 +225,7 @@ class Engine:
             room -= _prefetch(pager, sequence.tokens[start : start + scheduler.max_tokens], room)
         room = min(scheduler.max_fills - pager.ahead, pager.slots // WAITING_SHARE - pager.prefetched)
         for sequence in scheduler.waiting:
-            if coming := sequence.tokens[sequence.read_ahead : scheduler.max_tokens]:
+            if coming := scheduler.unread(sequence):
                 room -= _prefetch(pager, coming, room)
                 there = prefix_within(coming, pager.present, 0)
                 sequence.read_ahead += there
@@ -246,7 +247,7 @@ class Engine:
         ends: list[tuple[Sequence, int]] = []  # sequences that sample, and the row of their last token
         cursor = 0
         for chunk in chunks:
-            chunk.sequence.computed = chunk.end
+            self.scheduler.ran(chunk)
             _count(chunk, result, lease)
             self._score_prompt(chunk, result.hidden, cursor)
             cursor += chunk.count
@@ -325,6 +326,8 @@ def _prefetch(pager: Pager, tokens: list[int], room: int) -> int:
 def _tell(pager: Pager, chunk: Chunk) -> None:
     """Tell the policies of the tokens that run for the first time: a step may fail, or its sequence be preempted."""
     sequence = chunk.sequence
+    if chunk.start > sequence.told:  # they were in the prefix cache
+        pager.recall(sequence.request_id, sequence.tokens[sequence.told : chunk.start])
     if chunk.end > sequence.told:
         pager.advance(sequence.request_id, sequence.tokens[max(chunk.start, sequence.told) : chunk.end])
         sequence.told = chunk.end
@@ -339,8 +342,9 @@ def _count(chunk: Chunk, result: StepResult, lease: Lease | None) -> None:
     chunk.sequence.stall += result.stall
     if chunk.sequence.request.sampling.token_hits:
         # A preempted sequence runs its tokens again; what counts is how each was found the first time.
-        seen = len(chunk.sequence.token_hits) - chunk.start
-        chunk.sequence.token_hits += [token in lease.hits for token in chunk.tokens[max(seen, 0) :]]
+        known = chunk.sequence.token_hits
+        known += [None] * (chunk.start - len(known))
+        known += [token in lease.hits for token in chunk.tokens[len(known) - chunk.start :]]
 
 
 def _scores(sequences: list[Sequence], logits: Tensor, chosen: Tensor) -> dict[int, TokenLogprob]:
@@ -357,7 +361,7 @@ def _scores(sequences: list[Sequence], logits: Tensor, chosen: Tensor) -> dict[i
     }
 
 
-def _new_hits(sequence: Sequence) -> list[bool]:
+def _new_hits(sequence: Sequence) -> list[bool | None]:
     new = sequence.token_hits[sequence.hits_reported :]
     sequence.hits_reported += len(new)
     return new
@@ -366,6 +370,7 @@ def _new_hits(sequence: Sequence) -> list[bool]:
 def _usage(sequence: Sequence) -> Usage:
     return Usage(
         prompt_tokens=sequence.prompt_length,
+        cached_tokens=sequence.cached or 0,
         completion_tokens=sequence.generated,
         lookups=sequence.lookups,
         hits=sequence.hits,

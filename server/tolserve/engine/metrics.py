@@ -25,6 +25,12 @@ class EngineMetrics:
         self.sat_out = metrics.counter(
             "num_sat_out_total", "Times a request let a step pass while its record came from disk"
         )
+        self.prefix_queries = metrics.counter(
+            "prefix_cache_queries_total", "Tokens of prompts that were looked up in the prefix cache"
+        )
+        self.prefix_hits = metrics.counter(
+            "prefix_cache_hits_total", "Of these, tokens whose keys and values were there"
+        )
         self.prompt_tokens = metrics.counter("prompt_tokens_total", "Prompt tokens of requests that got an answer")
         self.generation_tokens = metrics.counter("generation_tokens_total", "Tokens generated")
         self.success = metrics.counter(
@@ -56,6 +62,9 @@ class EngineMetrics:
     def started(self, sequence: Sequence, now: float) -> None:
         """A sequence is in a step for the first time. Counted now, since a client may not wait for the end."""
         sequence.started = now
+        if sequence.cached is not None and sequence.request.sampling.prompt_logprobs is None:
+            self.prefix_queries.add(sequence.prompt_length)
+            self.prefix_hits.add(sequence.cached)
         self.queue_time.observe(now - sequence.arrived)
 
     def token(self, sequence: Sequence, now: float, tokens: int) -> None:

@@ -31,6 +31,7 @@ class Request:
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
+    cache_salt: str | None = None  # keys and values are shared among requests of one salt, or of none
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ class TokenLogprob:
 @dataclass(frozen=True)
 class Usage:
     """What a request used. A lookup is a distinct token id of the request in a step; a hit is one whose
-    record was in the device tier when the step asked; `stall_ms` is the waiting of the steps it took part in."""
+    record was in the device tier when the step asked; `stall_ms` is the waiting of the steps it took part in.
+    `cached_tokens` of the prompt had their keys and values already."""
 
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
     lookups: int
     hits: int
@@ -60,8 +63,8 @@ class Delta:
     """New tokens of one sequence and what it has used so far (a client that stops at a string of text needs that at
     any time). `finish_reason` comes with the last one; `prompt_logprobs` (one entry per prompt token, the first None)
     with the first one. `token_hits` has an entry for each token that passed through the layers since the last delta,
-    the prompt's first: a token sampled now gets its own with the next delta, the last one never. A finished request may
-    carry no new token."""
+    the prompt's first: a token sampled now gets its own with the next delta, the last one never. A token whose keys and
+    values were there already has None: nothing was looked up. A finished request may carry no new token."""
 
     request_id: str
     tokens: list[int]
@@ -69,7 +72,7 @@ class Delta:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
-    token_hits: list[bool] | None = None
+    token_hits: list[bool | None] | None = None
 
 
 FailureKind = Literal["invalid", "busy", "table", "engine", "dead", "stopping"]

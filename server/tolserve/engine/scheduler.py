@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Set
 from itertools import islice
 
 from tolserve.engine.blocks import BlockPool
+from tolserve.engine.prefix import PrefixCache
 from tolserve.engine.sequence import Chunk, Sequence
 
 Present = Callable[[int], bool]
@@ -26,6 +27,8 @@ class Scheduler:
     A step that decodes has a budget of fills besides: its prompts together may miss `max_fills` records, so that the
     decodes do not wait for hundreds of reads. A waiting sequence whose records are there may pass earlier ones whose
     are not. Each is passed over at most MAX_PASSES times, a preempted one never.
+
+    With a prefix cache, a sequence that is admitted begins behind what others, or itself, have computed of its text.
     """
 
     def __init__(
@@ -37,10 +40,12 @@ class Scheduler:
         max_distinct: int | None,
         present: Present | None = None,
         max_fills: int = 128,
+        prefix_cache: bool = True,
     ) -> None:
         """`max_distinct` is the number of device slots, `present` says whether a token's record is in one of them or
         on its way there; both None for a model without a table. `max_fills` is at least 1."""
         self.pool = pool
+        self._prefix = PrefixCache(pool) if prefix_cache else None
         self.max_seqs, self.max_tokens, self.max_distinct = max_seqs, max_tokens, max_distinct
         self.present = _everything if present is None else present
         self.max_fills = max_fills
@@ -60,6 +65,30 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.pool.release(sequence.blocks)
 
+    def ran(self, chunk: Chunk) -> None:
+        """A chunk's keys and values are there now."""
+        chunk.sequence.computed = chunk.end
+        if self._prefix is not None:
+            self._prefix.ran(chunk.sequence, chunk.start, chunk.end)
+
+    def known(self, sequence: Sequence) -> list[int]:
+        """The blocks that a waiting sequence would begin with if it were admitted now."""
+        return [] if self._prefix is None else self._prefix.find(sequence)
+
+    def unread(self, sequence: Sequence) -> list[int]:
+        """Tokens of a waiting sequence's first chunk whose records were not seen on their way yet."""
+        if sequence.read_ahead >= min(len(sequence.tokens), sequence.begins + self.max_tokens):
+            return []
+        begins = len(self.known(sequence)) * self.pool.block_size
+        if begins != sequence.begins:
+            sequence.begins = sequence.read_ahead = begins
+        return sequence.tokens[sequence.read_ahead : begins + self.max_tokens]
+
+    def forget_prefixes(self) -> None:
+        """Find nothing of what was computed until now: the table is another one."""
+        if self._prefix is not None:
+            self._prefix.forget(self.running, self.waiting)
+
     def sequences(self) -> Iterator[Sequence]:
         yield from self.running
         yield from self.waiting
@@ -78,13 +107,8 @@ class Scheduler:
                 step.add(sequence, step.affordable(sequence))
         # Admitting right after a preemption would hand the victim back what it just gave.
         while self.waiting and step.room and len(self.running) < self.max_seqs and preemptions == self.preemptions:
-            index = self._next(step)
-            sequence = self.waiting[index]
-            count = step.affordable(sequence)
-            if not count or not self.pool.grow(sequence.blocks, sequence.computed + count):
+            if not self._admit(self._next(step), step):
                 break
-            self._admit(index)
-            step.add(sequence, count)
         served = {id(chunk.sequence) for chunk in step.chunks}
         self.running.sort(key=lambda sequence: id(sequence) in served)
         return step.chunks
@@ -93,18 +117,36 @@ class Scheduler:
         """Which of the waiting to admit: the first whose records are there, else the first; nobody passes one who was
         passed over often enough."""
         for index, sequence in enumerate(islice(self.waiting, _LOOK)):
-            if step.ready(sequence):
+            if step.ready(sequence, len(self.known(sequence)) * self.pool.block_size):
                 return index
             if sequence.passed >= MAX_PASSES:
                 break
         return 0
 
-    def _admit(self, index: int) -> None:
+    def _admit(self, index: int, step: "_Step") -> bool:
+        """Take one of the waiting into the step, behind what is known of it; False if it finds no room there."""
+        sequence = self.waiting[index]
+        for block in self.known(sequence):
+            self.pool.hold(block)
+            sequence.blocks.append(block)
+        sequence.computed = len(sequence.blocks) * self.pool.block_size
+        count = step.affordable(sequence)
+        if not count or not self.pool.grow(sequence.blocks, sequence.computed + count):
+            self._give_back(sequence)
+            return False
         for passed in islice(self.waiting, index):
             passed.passed += 1
         self.overtakes += index > 0
-        self.running.append(self.waiting[index])
+        self.running.append(sequence)
         del self.waiting[index]
+        if sequence.cached is None and self._prefix is not None:
+            sequence.cached = sequence.computed
+        step.add(sequence, count)
+        return True
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.computed = 0
 
     def _make_room(self, sequence: Sequence, step: "_Step") -> bool:
         """Get blocks for what the step can take of a running sequence, preempting the youngest others if needed."""
@@ -121,8 +163,11 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.pool.release(sequence.blocks)
-        sequence.computed = sequence.read_ahead = 0
+        self._give_back(sequence)
+        sequence.read_ahead = sequence.begins = 0
+        if sequence.crossed_tables:  # all of it is computed anew, with the table of now
+            sequence.crossed_tables = False
+            sequence.block_keys.clear()
         sequence.passed = MAX_PASSES  # its client has waited before
         self.waiting.appendleft(sequence)
         self.preemptions += 1
@@ -144,9 +189,9 @@ class _Step:
     def holds(self, sequence: Sequence) -> bool:
         return id(sequence) in self._members
 
-    def ready(self, sequence: Sequence) -> bool:
-        """Whether the records of a sequence's next tokens are there, but for as many as the step may fill."""
-        wanted = self._wanted(sequence)
+    def ready(self, sequence: Sequence, start: int) -> bool:
+        """Whether the records of a sequence's tokens from `start` on are there, but for as many as may be filled."""
+        wanted = self._wanted(sequence, start)
         return prefix_within(wanted, self._at_hand, self._fills) == len(wanted)
 
     def affordable(self, sequence: Sequence) -> int:
@@ -155,7 +200,7 @@ class _Step:
         A prompt with more distinct tokens than there is room for takes half of the room: the other half then takes
         the next chunk's records while this one computes.
         """
-        wanted = self._wanted(sequence)
+        wanted = self._wanted(sequence, sequence.computed)
         if self._max_distinct is not None:
             room = self._max_distinct - len(self.distinct)
             fitting = prefix_within(wanted, self.distinct.__contains__, room)
@@ -176,8 +221,8 @@ class _Step:
         self.room -= count
         self.distinct.update(chunk.tokens)
 
-    def _wanted(self, sequence: Sequence) -> list[int]:
-        return sequence.tokens[sequence.computed : sequence.computed + self.room]
+    def _wanted(self, sequence: Sequence, start: int) -> list[int]:
+        return sequence.tokens[start : start + self.room]
 
     def _at_hand(self, token: int) -> bool:
         return token in self.distinct or self._present(token)

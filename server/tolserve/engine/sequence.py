@@ -15,16 +15,20 @@ class Sequence:
     tokens: list[int] = field(init=False)
     computed: int = 0
     told: int = 0  # tokens that the policies have been told of; more than `computed` when it runs some again
-    read_ahead: int = 0  # tokens whose records are there or on their way, as far as that was seen while it waited
+    begins: int = 0  # tokens that it need not run, as far as that was seen while it waited
+    read_ahead: int = 0  # tokens that need not run, or whose records are there or on their way, as far as was seen
     passed: int = 0  # admissions of later ones before it
     blocks: list[int] = field(default_factory=list)  # block table, in token order
+    block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as they were asked for
+    crossed_tables: bool = False  # what it has computed is of two tables
+    cached: int | None = None  # tokens whose keys and values were there when it was first admitted
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     started: float | None = None  # first scheduled
     first_token: float | None = None
     last_token: float | None = None
     lookups: int = 0
     hits: int = 0
-    token_hits: list[bool] = field(default_factory=list)  # of tokens that passed through the layers, if asked for
+    token_hits: list[bool | None] = field(default_factory=list)  # if asked for; None: had its keys and values already
     hits_reported: int = 0  # of these
     stall: float = 0.0  # seconds
     sat_out: bool = False  # the last step, see sitout.SitOut

@@ -51,7 +51,7 @@ class Pager:
         options = TierOptions(device, policy, frequent, head_factor, io, read_depth)
         self._count = Counters(metrics)
         self._leases: list[Lease] = []
-        self._untold: list[tuple[Hashable, Sequence[int]]] = []  # what the policies have not heard of yet
+        self._untold: list[tuple[Hashable, Sequence[int], bool]] = []  # not heard of by the policies; whether they run
         self._unused: set[int] = set()  # prefetched and not asked for yet
         self._uses: Counter[int] = Counter()  # steps that asked for the record since it came in
         self._last_step: dict[int, None] = {}  # tokens of the lease released last
@@ -90,12 +90,17 @@ class Pager:
         A token that runs again, in a step after a failed one or after a preemption, is told once. The policies hear of
         it before they next name a victim, as a rule when the step is released: its reads are started first.
         """
-        self._untold.append((sequence, tokens))
+        self._untold.append((sequence, tokens, True))
+
+    def recall(self, sequence: Hashable, tokens: Sequence[int]) -> None:
+        """Tell the policies that these tokens of a sequence come before those that run next, and do not run: their
+        keys and values were kept. The policies hear of it when they hear of what runs."""
+        self._untold.append((sequence, tokens, False))
 
     def _tell(self) -> None:
         for policy in self._tiers.policies() if self._untold else ():
-            for sequence, tokens in self._untold:
-                policy.advance(sequence, tokens)
+            for sequence, tokens, run in self._untold:
+                (policy.advance if run else policy.recall)(sequence, tokens)
         self._untold.clear()
 
     def end(self, sequence: Hashable) -> None:

@@ -3,7 +3,7 @@
 **The order of calls.** A policy's decisions follow from the order of its calls alone. One step of a tier makes them in
 this order, and so does tol/replay.py:
 
-1. `advance`, once for each sequence that runs;
+1. `advance`, once for each sequence that runs; before it `recall`, if tokens before these were skipped;
 2. `touch` for each record that is there, in the order of the step's tokens;
 3. for each that is missing, in the same order: if the tier is full `victim` and `remove`, then `insert` and `touch`.
    None of the step's own records may be named;
@@ -53,6 +53,9 @@ class Policy(Protocol):
     def advance(self, sequence: Hashable, keys: Sequence[int]) -> None:
         """A step runs these tokens of a sequence, all of them, in order. The first call begins the sequence."""
 
+    def recall(self, sequence: Hashable, keys: Sequence[int]) -> None:
+        """These tokens of a sequence come before those that the step runs, and need not run. It may begin so."""
+
     def end(self, sequence: Hashable) -> None:
         """The sequence is over; one that never began is no error."""
 
@@ -61,6 +64,9 @@ class Oblivious:
     """The part of a policy that knows nothing of sequences."""
 
     def advance(self, sequence: Hashable, keys: Sequence[int]) -> None:
+        pass
+
+    def recall(self, sequence: Hashable, keys: Sequence[int]) -> None:
         pass
 
     def end(self, sequence: Hashable) -> None:

@@ -55,8 +55,9 @@ class Context:
     """The lowest score goes first: `count + weight x near`; of equals the highest key, which BPE made last.
 
     `count` is how often the token came up, halved every HALF_LIFE tokens; inside a context that holds it already it
-    counts REPEAT. `near` is how often running sequences hold it among their last WINDOW tokens, and one more while it
-    is prefetched and not used. `weight` is what makes both estimate the uses to come: the sum of all counts stands for
+    counts REPEAT. What is recalled counts nothing: it is not looked up, but it is a context of what follows. `near` is
+    how often running sequences hold it among their last WINDOW tokens, and one more while it is prefetched and not
+    used. `weight` is what makes both estimate the uses to come: the sum of all counts stands for
     all sequences, an occurrence for SHARE of one sequence's next tokens, spread over its window.
 
     Keys of equal `near` are ordered by count alone, whatever the time. So there is a heap for each value of `near`, and
@@ -81,11 +82,20 @@ class Context:
         pass
 
     def advance(self, sequence: Hashable, keys: Sequence[int]) -> None:
+        unit = 2.0**self._clock
+        self._take(sequence, keys, unit, unit * REPEAT)
+        self._clock += len(keys) / self._half_life
+        if unit > _RESCALE:
+            self._rescale()
+
+    def recall(self, sequence: Hashable, keys: Sequence[int]) -> None:
+        self._take(sequence, keys[-self._window :], 0.0, 0.0)
+
+    def _take(self, sequence: Hashable, keys: Sequence[int], unit: float, again: float) -> None:
+        """Move a sequence's window on; a key counts `unit`, or `again` if the window holds it."""
         window = self._sequences.get(sequence)
         if window is None:
             window = self._sequences[sequence] = _Window()
-        unit = 2.0**self._clock
-        again = unit * REPEAT
         size, never = self._window, -self._window - 1
         known, recent, last, total = self._tokens, window.tokens, window.last, self._total
         for number, key in enumerate(keys, window.ran):
@@ -105,9 +115,6 @@ class Context:
                     self._enter(old)
         window.ran += len(keys)
         self._total = total
-        self._clock += len(keys) / self._half_life
-        if unit > _RESCALE:
-            self._rescale()
 
     def end(self, sequence: Hashable) -> None:
         if (window := self._sequences.pop(sequence, None)) is not None:
