@@ -1,24 +1,25 @@
-"""`tolkernels.linear` on the CPU through the compiled kernels: weights in panels of 16 outputs (cpu/linear.c).
+"""`tolkernels.linear` on the CPU through the compiled kernels: weights in panels of 32 outputs (cpu/linear.c).
 
-    float32, float16, int8   data [P, K, 16]
-    bfloat16                 data [P, K/2, 16, 2]
-    int4                     data [P, K/8, 16] int32, each eight values + 8, the first in the lowest bits;
-                             scales [P, K/32, 16] bfloat16
+    float32, float16   data [P, K, 32]
+    bfloat16, int8     data [P, K/2, 32, 2]; int8 has scales [N] float32
+    int4               data [P, K/8, 32] int32, each eight values + 8, from the lowest bits on those of k = 0 2 4 6 1 3
+                       5 7; scales [P, K/32, 32] bfloat16
 
-P is N / 16, rounded up to an even number; the padding is zero. int8 has scales [N] float32.
+P is N / 32, rounded up; the padding is zero.
 """
 
 import ctypes
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tolkernels.cpu import library
 
-PANEL = 16
+PANEL = 32
 GROUP = 32
-_PANELS_PER_TILE = 2
+_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # the k, modulo 8, of a lane's values from the lowest bits on
 _DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -52,9 +53,9 @@ def isa() -> int:
 
 def empty(outputs: int, inputs: int, encoding: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Room for a weight [outputs, inputs]: its data and scales."""
-    panels = -(-outputs // (PANEL * _PANELS_PER_TILE)) * _PANELS_PER_TILE
-    shape = {"bfloat16": (inputs // 2, PANEL, 2), "int4": (inputs // 8, PANEL)}.get(encoding, (inputs, PANEL))
-    data = torch.empty(panels, *shape, dtype=_DTYPES[encoding], device=device)
+    panels = -(-outputs // PANEL)
+    shape = {"bfloat16": (inputs // 2, PANEL, 2), "int8": (inputs // 2, PANEL, 2), "int4": (inputs // 8, PANEL)}
+    data = torch.empty(panels, *shape.get(encoding, (inputs, PANEL)), dtype=_DTYPES[encoding], device=device)
     # Before the first touch: 4 KiB pages cost a miss in the address cache each, and end a run of the prefetcher.
     _functions().tk_huge_pages(data.data_ptr(), data.nbytes)
     if encoding == "int8":
@@ -71,35 +72,38 @@ def fill(
 
     int4's values are int8, one to a byte; `factors` are their scales [n, K/32], or [n] for int8.
     """
-    panels = slice(start // PANEL, -(-(start + len(values)) // (PANEL * _PANELS_PER_TILE)) * _PANELS_PER_TILE)
-    missing = (panels.stop - panels.start) * PANEL - len(values)
-    values = torch.nn.functional.pad(values, (0, 0, 0, missing)).unflatten(0, (-1, PANEL))  # [p, 16, K]
-    if encoding == "bfloat16":
+    count = len(values)
+    panels = slice(start // PANEL, -(-(start + count) // PANEL))
+    missing = -count % PANEL
+    values = F.pad(values, (0, 0, 0, missing)).unflatten(0, (-1, PANEL))  # [p, 32, K]
+    if encoding in ("bfloat16", "int8"):
         data[panels] = values.unflatten(2, (-1, 2)).transpose(1, 2)
     elif encoding == "int4":
         lanes = torch.zeros(data[panels].shape, dtype=torch.int32)
-        for place in range(8):
-            lanes |= (values[..., place::8].transpose(1, 2).to(torch.int32) + 8) << 4 * place
+        for place, k in enumerate(_NIBBLES):
+            lanes |= (values[..., k::8].transpose(1, 2).to(torch.int32) + 8) << 4 * place
         data[panels] = lanes
     else:
         data[panels] = values.transpose(1, 2)
-    if scales is not None and factors is not None:
-        if encoding == "int8":
-            scales[start : start + len(factors)] = factors
-        else:
-            scales[panels] = torch.nn.functional.pad(factors, (0, 0, 0, missing)).unflatten(0, (-1, PANEL)).mT
+    if scales is None or factors is None:
+        return
+    if encoding == "int8":
+        scales[start : start + count] = factors
+    else:
+        scales[panels] = F.pad(factors, (0, 0, 0, missing)).unflatten(0, (-1, PANEL)).mT
 
 
 def rows(ids: Tensor, data: Tensor, scales: Tensor | None, encoding: str) -> tuple[Tensor, Tensor | None]:
     """Values [T, K] and scales of rows `ids`, as `fill` took them."""
     panel, lane = ids // PANEL, ids % PANEL
-    values = data[panel, :, lane]
-    if encoding == "int8" and scales is not None:
+    values = data[panel, :, lane].flatten(1)
+    if scales is None:
+        return values, None
+    if encoding == "int8":
         return values, scales[ids]
-    if encoding == "int4" and scales is not None:
-        nibbles = (values.unsqueeze(2) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
-        return (nibbles - 8).flatten(1).to(torch.int8), scales[panel, :, lane]
-    return values.flatten(1), None
+    shifts = torch.tensor([4 * _NIBBLES.index(k) for k in range(8)], dtype=torch.int32)
+    nibbles = (values.unsqueeze(2) >> shifts) & 15
+    return (nibbles - 8).flatten(1).to(torch.int8), scales[panel, :, lane]
 
 
 def linear(

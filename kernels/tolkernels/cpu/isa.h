@@ -7,7 +7,7 @@
 
 // Nothing is compiled for the building machine: each function names its instructions and is chosen when it is called.
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
 // Levels of instructions, each including those below it. `tk_isa()` is the machine's; a caller may pass a lower one.
 enum { ISA_NONE = 0, ISA_AVX2 = 1, ISA_AVX512 = 2 };

@@ -1,158 +1,261 @@
-// y = x W^T (+ residual) with float32 activations and weights of five encodings.
+// y = x W^T (+ residual): float32 activations, and weights of five encodings.
 //
-// Weights lie in panels of 16 outputs, so that a load has the same k of all of them (or the same few):
-//   FLOAT32, FLOAT16, INT8   [N / 16][K][16]
-//   BFLOAT16                 [N / 16][K / 2][16][2]      two k in one 32-bit lane: a shift and a mask make floats of them
-//   INT4                     [N / 16][K / 8][16][8]      eight k in one lane, the first in the lowest bits, plus 8;
-//                            scales [N / 16][K / 32][16] bfloat16
-// INT8 has a float scale per output [N]. N is padded with zeros to whole tiles (OUTPUT_MULTIPLE).
+// Weights lie in panels of 32 outputs, so that a vector load has the same k, or the same few, of many outputs, and a
+// panel is read in one run:
+//   FLOAT32, FLOAT16   [N / 32][K][32]
+//   BFLOAT16           [N / 32][K / 2][32][2]   two k in a 32-bit lane: a shift and a mask make floats of them
+//   INT8               [N / 32][K / 2][32][2]   float scales [N]
+//   INT4               [N / 32][K / 8][32]      eight k in a 32-bit lane, as value + 8, lowest bits first in the order
+//                                               0 2 4 6 1 3 5 7; bfloat16 scales [N / 32][K / 32][32]
+// N is padded with zeros to whole panels.
 //
-// Activations stay float32: where AVX512-BF16's dot product was measured (Sapphire Rapids) it does 45 G multiply-adds a
-// second on a core and the float32 FMA 91.
+// With float weights activations stay float32: AVX512-BF16's dot product does 45 G multiply-adds a second on a core of
+// Sapphire Rapids, the float32 FMA 91. With integer weights a token's activations are rounded to 16-bit integers, and
+// products of 16-bit integers are summed exactly (VNNI: 195 G): an error of 1/65,534 of the token's largest value.
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
+
 #include "isa.h"
 
 enum { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4, ENCODINGS };
-enum { PANEL = 16, GROUP = 32, OUTPUT_MULTIPLE = 32, MOST_TOKENS = 12 };
-
-// Tiles whose weights are decoded at once, for prompts, are as many as fit half of a 1 MiB L2 cache as floats.
-enum { DECODED_BYTES = 512 * 1024 };
+enum { PANEL = 32, GROUP = 32, MOST_TOKENS = 12 };
+// Products of |int16| <= 32767 and |int8| <= 127 that an int32 holds in any case.
+enum { EXACT_RUN = 512 };
+// How far in front of a pass over the weights they are fetched. Of 512 to 16,384 bytes this was the fastest; without,
+// the prefetcher of the machine reaches two thirds of the bandwidth.
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
+// Panels that a thread keeps in its L2 cache (1 MiB or more) while all of a prompt's tokens go by.
+enum { KEPT_BYTES = 512 * 1024 };
 
 typedef struct {
     const uint8_t *data;
     const uint16_t *group_scales;  // INT4 alone
     const float *row_scales;       // INT8 alone
     long outputs, inputs;          // N without the padding, K
+    long passes;                   // how often each panel is read: blocks of tokens
 } Weight;
 
+// The tiles of a level of instructions: (weight, first output, packed tokens, what to fetch meanwhile, sums).
+typedef void Tile(const Weight *, long, const void *, const char *, float *);
 typedef struct {
     int max_tokens, outputs;
     void (*expand[ENCODINGS])(const Weight *, long, float *);
-    void (*tile[ENCODINGS][MOST_TOKENS])(const Weight *, long, const float *, float *);
+    Tile *tile[ENCODINGS][MOST_TOKENS];
 } Level;
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE int bits_of(int encoding) {
-    return encoding == FLOAT32 ? 32 : encoding == INT8 ? 8 : encoding == INT4 ? 4 : 16;
-}
+INLINE int is_integer(int encoding) { return encoding == INT8 || encoding == INT4; }
 
-// Inputs whose weights a vector of lanes holds; FLOAT32, FLOAT16 and INT8 take two for company.
+// Inputs whose weights are read together, and the bytes of a panel that hold them.
 INLINE int unit_of(int encoding) { return encoding == INT4 ? 8 : 2; }
+INLINE long unit_bytes(int encoding) {
+    return PANEL * (encoding == FLOAT32 ? 8 : encoding == INT8 ? 2 : 4);
+}
+INLINE long panel_bytes(int encoding, long inputs) { return inputs / unit_of(encoding) * unit_bytes(encoding); }
+INLINE int lane_bytes(int encoding) { return encoding == FLOAT16 || encoding == INT8 ? 2 : 4; }
 
 INLINE const uint8_t *weights_at(const Weight *weight, int encoding, long output) {
-    const long panel = weight->inputs * PANEL * bits_of(encoding) / 8;
-    const int lane = encoding == FLOAT16 ? 2 : encoding == INT8 ? 1 : 4;
-    return weight->data + output / PANEL * panel + output % PANEL * lane;
+    return weight->data + output / PANEL * panel_bytes(encoding, weight->inputs) + output % PANEL * lane_bytes(encoding);
 }
 
-INLINE const uint16_t *scales_at(const Weight *weight, long output) {
-    return weight->group_scales + output / PANEL * (weight->inputs / GROUP * PANEL) + output % PANEL;
+INLINE const uint16_t *scales_at(const Weight *weight, long output, long input) {
+    return weight->group_scales + (output / PANEL * (weight->inputs / GROUP) + input / GROUP) * PANEL + output % PANEL;
+}
+
+// One unit's share of what comes next: `step` bytes of a unit's, whole cache lines.
+INLINE void fetch_ahead(const char *ahead, long bytes, long step) {
+    _mm_prefetch(ahead, _MM_HINT_T0);
+    if (bytes > 64 && step > 64) _mm_prefetch(ahead + 64, _MM_HINT_T0);
+    if (bytes > 128 && step > 128) _mm_prefetch(ahead + 128, _MM_HINT_T0);
+    if (bytes > 192 && step > 192) _mm_prefetch(ahead + 192, _MM_HINT_T0);
 }
 
 #define NAME(x) avx512_##x
 #define TARGET AVX512
 #define VF __m512
+#define VI __m512i
 #define VL 16
 #define MAX_TOKENS 12
-INLINE AVX512 __m512 avx512_zero(void) { return _mm512_setzero_ps(); }
-INLINE AVX512 __m512 avx512_spread(const float *p) { return _mm512_set1_ps(*p); }
-INLINE AVX512 __m512 avx512_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE AVX512 void avx512_store(float *p, __m512 v) { _mm512_storeu_ps(p, v); }
-INLINE AVX512 __m512 avx512_scale(const uint16_t *p) {
+INLINE TARGET VF NAME(zero)(void) { return _mm512_setzero_ps(); }
+INLINE TARGET VI NAME(zero_int)(void) { return _mm512_setzero_si512(); }
+INLINE TARGET VF NAME(one)(void) { return _mm512_set1_ps(1); }
+INLINE TARGET VF NAME(spread)(const float *p) { return _mm512_set1_ps(*p); }
+INLINE TARGET VI NAME(spread_int)(const int32_t *p) { return _mm512_set1_epi32(*p); }
+INLINE TARGET VF NAME(load)(const float *p) { return _mm512_loadu_ps(p); }
+INLINE TARGET void NAME(store)(float *p, VF v) { _mm512_storeu_ps(p, v); }
+INLINE TARGET VF NAME(fma)(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE TARGET VI NAME(dot)(VI a, VI b, VI c) { return _mm512_dpwssd_epi32(c, a, b); }
+INLINE TARGET VF NAME(to_floats)(VI v) { return _mm512_cvtepi32_ps(v); }
+INLINE TARGET VF NAME(scale)(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
-INLINE AVX512 __m512 avx512_weight(int encoding, const uint8_t *w, int k, __m512 scale) {
+INLINE TARGET VF NAME(floats)(int encoding, const uint8_t *w, int k) {
     if (encoding == FLOAT32) return _mm512_loadu_ps(w + k * PANEL * 4);
     if (encoding == FLOAT16) return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)(w + k * PANEL * 2)));
-    if (encoding == INT8)
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(w + k * PANEL))));
-    const __m512i lanes = _mm512_loadu_si512(w);
-    if (encoding == BFLOAT16)
-        return _mm512_castsi512_ps(k ? _mm512_and_si512(lanes, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(lanes, 16));
-    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(lanes, 4 * k), values), scale);
+    const VI lanes = _mm512_loadu_si512(w);
+    return _mm512_castsi512_ps(k ? _mm512_and_si512(lanes, _mm512_set1_epi32(~0xffff)) : _mm512_slli_epi32(lanes, 16));
 }
-#include "linear_tile.h"
+INLINE TARGET VI NAME(pairs)(int encoding, const uint8_t *w, int pair) {
+    if (encoding == INT8) return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)w));
+    return _mm512_and_si512(_mm512_srli_epi32(_mm512_loadu_si512(w), 4 * pair), _mm512_set1_epi32(0xf000f));
+}
+#include "linear_tiles.h"
 
 #define NAME(x) avx2_##x
 #define TARGET AVX2
 #define VF __m256
+#define VI __m256i
 #define VL 8
 #define MAX_TOKENS 6
-INLINE AVX2 __m256 avx2_zero(void) { return _mm256_setzero_ps(); }
-INLINE AVX2 __m256 avx2_spread(const float *p) { return _mm256_set1_ps(*p); }
-INLINE AVX2 __m256 avx2_fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE AVX2 void avx2_store(float *p, __m256 v) { _mm256_storeu_ps(p, v); }
-INLINE AVX2 __m256 avx2_scale(const uint16_t *p) {
+INLINE TARGET VF NAME(zero)(void) { return _mm256_setzero_ps(); }
+INLINE TARGET VI NAME(zero_int)(void) { return _mm256_setzero_si256(); }
+INLINE TARGET VF NAME(one)(void) { return _mm256_set1_ps(1); }
+INLINE TARGET VF NAME(spread)(const float *p) { return _mm256_set1_ps(*p); }
+INLINE TARGET VI NAME(spread_int)(const int32_t *p) { return _mm256_set1_epi32(*p); }
+INLINE TARGET VF NAME(load)(const float *p) { return _mm256_loadu_ps(p); }
+INLINE TARGET void NAME(store)(float *p, VF v) { _mm256_storeu_ps(p, v); }
+INLINE TARGET VF NAME(fma)(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE TARGET VI NAME(dot)(VI a, VI b, VI c) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+INLINE TARGET VF NAME(to_floats)(VI v) { return _mm256_cvtepi32_ps(v); }
+INLINE TARGET VF NAME(scale)(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
 }
-INLINE AVX2 __m256 avx2_weight(int encoding, const uint8_t *w, int k, __m256 scale) {
+INLINE TARGET VF NAME(floats)(int encoding, const uint8_t *w, int k) {
     if (encoding == FLOAT32) return _mm256_loadu_ps((const float *)(w + k * PANEL * 4));
     if (encoding == FLOAT16) return _mm256_cvtph_ps(_mm_loadu_si128((const void *)(w + k * PANEL * 2)));
-    if (encoding == INT8)
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(w + k * PANEL))));
-    const __m256i lanes = _mm256_loadu_si256((const void *)w);
-    if (encoding == BFLOAT16)
-        return _mm256_castsi256_ps(k ? _mm256_and_si256(lanes, _mm256_set1_epi32(0xffff0000)) : _mm256_slli_epi32(lanes, 16));
-    const __m256i nibble = _mm256_and_si256(_mm256_srli_epi32(lanes, 4 * k), _mm256_set1_epi32(15));
-    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(nibble, _mm256_set1_epi32(8))), scale);
+    const VI lanes = _mm256_loadu_si256((const void *)w);
+    return _mm256_castsi256_ps(k ? _mm256_and_si256(lanes, _mm256_set1_epi32(~0xffff)) : _mm256_slli_epi32(lanes, 16));
 }
-#include "linear_tile.h"
+INLINE TARGET VI NAME(pairs)(int encoding, const uint8_t *w, int pair) {
+    if (encoding == INT8) return _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)w));
+    const VI lanes = _mm256_loadu_si256((const void *)w);
+    return _mm256_and_si256(_mm256_srli_epi32(lanes, 4 * pair), _mm256_set1_epi32(0xf000f));
+}
+#include "linear_tiles.h"
 
 typedef struct {
     const Level *level;
-    const Weight *weight;
+    Weight weight;
     const float *x, *residual;
-    float *packed, *out;
-    long tokens, blocks;
+    float *out;
     int encoding;
+    long tokens;
+    int32_t *packed;    // blocks of tokens, each [packed_length(...)][tokens of the block] 32-bit words
+    float *x_scales;    // [tokens]; integer weights alone
+    float *decoded;     // for each thread room for a group as floats, or NULL: tiles decode for themselves
+    long group, groups; // outputs of a group, a multiple of PANEL
 } Call;
 
-// Tokens are cut into blocks as equal as can be. Returns the first token of block b; that of b + 1 is its end.
-static long block_start(const Call *call, long b) { return call->tokens * b / call->blocks; }
+// 32-bit words of a packed token.
+static long packed_length(int encoding, long inputs) {
+    return encoding == INT4 ? inputs / 2 + inputs / GROUP : encoding == INT8 ? inputs / 2 : inputs;
+}
 
-// Block b of x [T][K] as [K][tokens of the block], so that a tile reads it in one run.
+// Tokens are cut into blocks as equal as can be. The first token of block b; that of b + 1 is its end.
+static long block_start(const Call *call, long b) { return call->tokens * b / call->weight.passes; }
+
+// A token as 16-bit integers; returns what one of them is worth. A NaN or an infinity makes that NaN.
+AVX2 static float round_token(const float *x, long inputs, int16_t *to) {
+    uint32_t largest = 0;
+    for (long k = 0; k < inputs; k++) {
+        uint32_t bits;
+        memcpy(&bits, x + k, 4);
+        bits &= 0x7fffffff;  // in the order of magnitudes, NaN above all
+        largest = bits > largest ? bits : largest;
+    }
+    float magnitude;
+    memcpy(&magnitude, &largest, 4);
+    if (!(magnitude <= 3.4028234e38f)) magnitude = __builtin_nanf("");
+    const float scale = magnitude / 32767, inverse = magnitude > 1e-30f ? 32767 / magnitude : 0;
+    for (long k = 0; k < inputs; k++) {
+        const float shifted = x[k] * inverse + 12582912;  // 1.5 * 2^23: the rounded value is in the lowest bits
+        int32_t bits;
+        memcpy(&bits, &shifted, 4);
+        to[k] = (int16_t)bits;
+    }
+    return scale;
+}
+
 static void pack_block(const Call *call, long b) {
-    const long start = block_start(call, b), count = block_start(call, b + 1) - start, inputs = call->weight->inputs;
-    float *to = call->packed + start * inputs;
-    for (long k = 0; k < inputs; k++)
-        for (long t = 0; t < count; t++) to[k * count + t] = call->x[(start + t) * inputs + k];
+    const int encoding = call->encoding;
+    const long start = block_start(call, b), count = block_start(call, b + 1) - start, inputs = call->weight.inputs;
+    int32_t *const block = call->packed + start * packed_length(encoding, inputs);
+    int16_t rounded[is_integer(encoding) ? inputs : 1];
+    for (long t = 0; t < count; t++) {
+        int32_t *to = block + t;
+        const float *x = call->x + (start + t) * inputs;
+        const int32_t *from = (const int32_t *)x;
+        if (is_integer(encoding)) {
+            call->x_scales[start + t] = round_token(x, inputs, rounded);
+            from = (const int32_t *)rounded;
+        }
+        for (long word = 0; word < inputs / (is_integer(encoding) ? 2 : 1); word++, to += count) *to = from[word];
+        for (long g = 0; encoding == INT4 && g < inputs / GROUP; g++, to += count) {
+            int32_t sum = 0;
+            for (int k = 0; k < GROUP; k++) sum += rounded[g * GROUP + k];
+            *to = -8 * sum;
+        }
+    }
 }
 
 static void finish_tile(const Call *call, long b, long first, const float *sums) {
-    const long start = block_start(call, b), end = block_start(call, b + 1), all = call->weight->outputs;
+    const long start = block_start(call, b), end = block_start(call, b + 1), all = call->weight.outputs;
     const long count = all - first < call->level->outputs ? all - first : call->level->outputs;
     for (long t = start; t < end; t++, sums += call->level->outputs) {
         float *out = call->out + t * all + first;
         const float *residual = call->residual ? call->residual + t * all + first : 0;
+        const float scale = is_integer(call->encoding) ? call->x_scales[t] : 1;
+        const float *scales = call->encoding == INT8 ? call->weight.row_scales + first : 0;
         for (long n = 0; n < count; n++) {
-            float y = sums[n];
-            if (call->encoding == INT8) y *= call->weight->row_scales[first + n];
+            const float y = sums[n] * scale * (scales ? scales[n] : 1);
             out[n] = residual ? y + residual[n] : y;
         }
     }
 }
 
-// Outputs `first` up to `end`, all tokens. `decoded`: room for as many tiles as floats, or none: then tiles decode.
-static void run_tiles(const Call *call, long first, long end, float *decoded) {
-    float sums[MOST_TOKENS * OUTPUT_MULTIPLE] __attribute__((aligned(64)));
-    const long step = call->level->outputs, inputs = call->weight->inputs;
-    const int encoding = decoded ? FLOAT32 : call->encoding;
+// A group of outputs for all tokens. The passes over a group share out the fetching of the next one.
+static void run_group(const Call *call, long g) {
+    float sums[MOST_TOKENS * PANEL] __attribute__((aligned(64)));
+    const Level *level = call->level;
+    const long inputs = call->weight.inputs, first = g * call->group, passes = call->weight.passes;
+    const long end = first + call->group < call->weight.outputs ? first + call->group : call->weight.outputs;
+    const int encoding = call->decoded ? FLOAT32 : call->encoding;
+    float *decoded = call->decoded ? call->decoded + omp_get_thread_num() * call->group * inputs : 0;
     if (decoded)
-        for (long n = first; n < end; n += step)
-            call->level->expand[call->encoding](call->weight, n, decoded + (n - first) * inputs);
-    const Weight floats = {.data = (const uint8_t *)decoded, .inputs = inputs};
-    const Weight *weight = decoded ? &floats : call->weight;
-    for (long b = 0; b < call->blocks; b++) {
+        for (long n = first; n < end; n += level->outputs)
+            level->expand[call->encoding](&call->weight, n, decoded + (n - first) / PANEL * PANEL * inputs);
+    Weight floats = {.data = (const uint8_t *)decoded, .inputs = inputs, .passes = 4};
+    const Weight *weight = decoded ? &floats : &call->weight;
+    const long bytes = panel_bytes(encoding, inputs);
+    for (long b = 0; b < passes; b++) {
         const long start = block_start(call, b), count = block_start(call, b + 1) - start;
-        for (long n = first; n < end; n += step) {
-            call->level->tile[encoding][count - 1](weight, decoded ? n - first : n, call->packed + start * inputs, sums);
+        const int32_t *x = call->packed + start * packed_length(call->encoding, inputs);
+        for (long n = first; n < end; n += level->outputs) {
+            const long at = decoded ? n - first : n;
+            const long ahead = passes == 1 || decoded ? AHEAD : call->group / PANEL * bytes + b * bytes / passes;
+            level->tile[encoding][count - 1](weight, at, x, (const char *)weights_at(weight, encoding, at) + ahead, sums);
             finish_tile(call, b, n, sums);
         }
     }
+}
+
+// Memory for what a call needs beside its arguments, by kind. Returns 0, or 1 if there is none.
+static int set_up(Call *call, int threads) {
+    const long inputs = call->weight.inputs, panel = panel_bytes(call->encoding, inputs);
+    const int decode = !is_integer(call->encoding) && call->encoding != FLOAT32 && call->weight.passes > 2;
+    const int copy = call->tokens > 1 || is_integer(call->encoding);
+    const long kept = KEPT_BYTES / (decode ? PANEL * inputs * 4 : panel);
+    call->group = PANEL * (call->weight.passes > 2 && kept > 1 ? kept : 1);
+    call->groups = (call->weight.outputs + call->group - 1) / call->group;
+    call->packed = (int32_t *)call->x;
+    if (copy) call->packed = malloc(call->tokens * packed_length(call->encoding, inputs) * 4);
+    if (is_integer(call->encoding)) call->x_scales = malloc(call->tokens * 4);
+    if (decode) call->decoded = aligned_alloc(64, threads * call->group * inputs * 4);
+    return !call->packed || (is_integer(call->encoding) && !call->x_scales) || (decode && !call->decoded);
 }
 
 // x [T, K], out [T, N] and residual [T, N] (or NULL) are float32 and contiguous. Returns 0, or 1 without memory.
@@ -160,34 +263,23 @@ int tk_linear(const uint8_t *data, const uint16_t *group_scales, const float *ro
               const float *residual, float *out, long tokens, long outputs, long inputs, int encoding, int isa,
               int threads) {
     const Level *level = isa >= ISA_AVX512 ? &avx512_level : &avx2_level;
-    const Weight weight = {data, group_scales, row_scales, outputs, inputs};
-    Call call = {.level = level, .weight = &weight, .x = x, .residual = residual, .packed = (float *)x, .out = out,
-                 .tokens = tokens, .blocks = (tokens + level->max_tokens - 1) / level->max_tokens,
-                 .encoding = encoding};
-    // Worth it from three blocks on: decoding and storing a tile costs about what running it twice with decoding does.
-    const int decode = encoding != FLOAT32 && call.blocks > 2;
-    long group = decode ? DECODED_BYTES / (inputs * level->outputs * 4) : 1;
-    if (group < 1) group = 1;
-    group *= level->outputs;
-    const long groups = (outputs + group - 1) / group;
-    float *decoded = 0;
-    if (decode && !(decoded = aligned_alloc(64, threads * group * inputs * 4))) return 1;
-    if (tokens > 1 && !(call.packed = aligned_alloc(64, (tokens * inputs * 4 + 63) / 64 * 64))) {
-        free(decoded);
-        return 1;
-    }
+    Call call = {.level = level, .x = x, .residual = residual, .out = out, .tokens = tokens, .encoding = encoding,
+                 .weight = {data, group_scales, row_scales, outputs, inputs,
+                            (tokens + level->max_tokens - 1) / level->max_tokens}};
+    const int failed = set_up(&call, threads);
+    if (!failed) {
 #pragma omp parallel num_threads(threads)
-    {
-        if (tokens > 1) {
+        {
+            if ((const float *)call.packed != x) {
 #pragma omp for schedule(static)
-            for (long b = 0; b < call.blocks; b++) pack_block(&call, b);
+                for (long b = 0; b < call.weight.passes; b++) pack_block(&call, b);
+            }
+#pragma omp for schedule(static)
+            for (long g = 0; g < call.groups; g++) run_group(&call, g);
         }
-        float *room = decoded ? decoded + omp_get_thread_num() * group * inputs : 0;
-#pragma omp for schedule(static)
-        for (long g = 0; g < groups; g++)
-            run_tiles(&call, g * group, (g + 1) * group < outputs ? (g + 1) * group : outputs, room);
     }
-    if (tokens > 1) free(call.packed);
-    free(decoded);
-    return 0;
+    if ((const float *)call.packed != x) free(call.packed);
+    free(call.x_scales);
+    free(call.decoded);
+    return failed;
 }
