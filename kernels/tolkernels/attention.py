@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tolkernels.dispatch import use_triton
+from tolkernels.dispatch import use_compiled, use_triton
 
 
 def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -32,6 +32,8 @@ def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, keys: Tensor
         raise ValueError(f"places must be [{qkv.shape[0]}] int64, got {list(places.shape)} {places.dtype}")
     if use_triton(qkv.device):
         from tolkernels.attention_triton import store_kv_triton as implementation
+    elif use_compiled(qkv) and keys.dtype != torch.float64:
+        from tolkernels.attention_cpu import store_kv_cpu as implementation
     else:
         implementation = store_kv_torch
     return implementation(qkv, cos, sin, places, keys, values)
@@ -78,6 +80,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, le
         raise ValueError(f"lengths must be [{q.shape[0]}] int32, got {list(lengths.shape)} {lengths.dtype}")
     if use_triton(q.device):
         from tolkernels.attention_triton import decode_attention_triton as implementation
+    elif use_compiled(q) and keys.dtype != torch.float64:
+        from tolkernels.attention_cpu import decode_attention_cpu as implementation
     else:
         implementation = decode_attention_torch
     return implementation(q, keys, values, tables, lengths)

@@ -18,7 +18,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-import torch  # noqa: F401  # loads the OpenMP runtime that the kernels look for
+from torch import Tensor  # torch loads the OpenMP runtime that the kernels look for
 
 log = logging.getLogger(__name__)
 
@@ -46,3 +46,24 @@ def library() -> ctypes.CDLL | None:
         log.warning("this processor has no AVX2: torch runs instead of the CPU kernels")
         return None
     return found
+
+
+def compiled() -> ctypes.CDLL:
+    """The kernels, for who has asked `library()`. Raises RuntimeError where there are none."""
+    found = library()
+    if found is None:
+        raise RuntimeError("the CPU kernels are not built: ask library() first")
+    return found
+
+
+@cache
+def isa() -> int:
+    """The machine's level of instructions, as cpu/isa.h numbers them."""
+    return int(compiled().tk_isa())
+
+
+def address(tensor: Tensor) -> int:
+    """Where a contiguous tensor begins in RAM. Raises ValueError for another."""
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(f"a contiguous tensor in RAM is needed, got strides {tensor.stride()} on {tensor.device}")
+    return tensor.data_ptr()

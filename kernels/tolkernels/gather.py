@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tolkernels.dispatch import use_triton
+from tolkernels.dispatch import use_compiled, use_triton
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
@@ -50,6 +50,8 @@ def add_rows(
         _check_layout(host, width, offset, values, group_size)
     if use_triton(stream.device):
         from tolkernels.gather_triton import add_rows_triton as implementation
+    elif use_compiled(stream):
+        from tolkernels.gather_cpu import add_rows_cpu as implementation
     else:
         implementation = add_rows_torch
     return implementation(
@@ -100,6 +102,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check_norm(x, weight)
     if use_triton(x.device):
         from tolkernels.gather_triton import rms_norm_triton as implementation
+    elif use_compiled(x):
+        from tolkernels.gather_cpu import rms_norm_cpu as implementation
     else:
         implementation = rms_norm_torch
     return implementation(x, weight, eps)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tolkernels.cpu import library
+from tolkernels.cpu import compiled, isa, library
 
 PANEL = 32
 GROUP = 32
@@ -36,19 +36,12 @@ def available() -> bool:
 
 @cache
 def _functions() -> ctypes.CDLL:
-    lib = library()
-    if lib is None:
-        raise RuntimeError("the CPU kernels are not built: ask available() first")
+    lib = compiled()
     lib.tk_linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 3 + [ctypes.c_int] * 3
     lib.tk_linear.restype = ctypes.c_int
     lib.tk_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_long]
     lib.tk_huge_pages.restype = None
     return lib
-
-
-def isa() -> int:
-    """The machine's level of instructions, as cpu/isa.h numbers them."""
-    return int(_functions().tk_isa())
 
 
 def empty(outputs: int, inputs: int, encoding: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
