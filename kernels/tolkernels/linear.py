@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tolkernels import linear_cpu
+from tolkernels.dispatch import use_triton
 
 Encoding = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
@@ -71,6 +72,7 @@ def linear(x: Tensor, weight: Weight, residual: Tensor | None = None) -> Tensor:
     """x [T, K] times the weight's transpose, plus `residual` [T, N] of x's dtype if given: [T, N] of x's dtype.
 
     On the CPU sums are float32, and a token's result depends neither on the other tokens nor on the number of threads.
+    On CUDA sums are float32 too, but int4 values times their scales are rounded to x's dtype unless T is 1.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check_call(x, weight, residual)
@@ -78,6 +80,14 @@ def linear(x: Tensor, weight: Weight, residual: Tensor | None = None) -> Tensor:
         add = residual.float() if residual is not None else None
         out = linear_cpu.linear(x.float(), weight.data, weight.scales, weight.encoding, weight.shape[0], add)
         return out.to(x.dtype)
+    if not use_triton(x.device):
+        return linear_torch(x, weight, residual)
+    from tolkernels.linear_triton import quantised_linear, vector_linear
+
+    if weight.scales is not None:
+        return quantised_linear(x, weight.data, weight.scales, residual)
+    if len(x) == 1 and residual is not None:  # torch's own product would need a second kernel for the sum
+        return vector_linear(x, weight.data, None, residual)
     return linear_torch(x, weight, residual)
 
 
@@ -100,6 +110,10 @@ def embedding_rows(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
             raise IndexError(f"ids must lie in 0 to {weight.shape[0] - 1}")
         values, scales = linear_cpu.rows(ids, weight.data, weight.scales, weight.encoding)
         return _scaled(values, scales, weight.encoding).to(dtype)
+    if weight.scales is not None and use_triton(ids.device):
+        from tolkernels.linear_triton import quantised_rows
+
+        return quantised_rows(weight.data, weight.scales, dtype, ids)
     scales = weight.scales.index_select(0, ids) if weight.scales is not None else None
     return _decode(weight.data.index_select(0, ids), scales, weight.encoding).to(dtype)
 
