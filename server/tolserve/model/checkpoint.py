@@ -6,7 +6,7 @@ Layout: design of the model directory in ARCHITECTURE.md. No pickle, no code fro
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from tolserve.model.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
 FINGERPRINT_KEY = "tol_fingerprint"
-_FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 
 
 class CheckpointError(ValueError):
@@ -53,13 +53,19 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def read(self, name: str) -> Tensor:
-        """One tensor. Raises CheckpointError if it is missing or holds no floats."""
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises CheckpointError if the tensor is missing or holds no floats."""
         if name not in self._files:
             raise CheckpointError(f"tensor {name!r} is missing from {self.model_dir}")
+        stored = self._files[name].get_slice(name).get_dtype()
+        if stored not in _FLOATS:
+            raise CheckpointError(f"tensor {name!r} is {stored}; weights must be float32, float16 or bfloat16")
+        return _FLOATS[stored]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor. Raises CheckpointError if it is missing or holds no floats."""
+        self.dtype(name)
         tensor: Tensor = self._files[name].get_tensor(name)
-        if tensor.dtype not in _FLOATS:
-            raise CheckpointError(f"tensor {name!r} is {tensor.dtype}; weights must be float32, float16 or bfloat16")
         return tensor
 
     def has_memory_weights(self) -> bool:
@@ -106,13 +112,27 @@ def check_names(wanted: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, s
             )
 
 
+def read_copies(model_dir: Path, names: Iterable[str]) -> list[Tensor]:
+    """Copies of tensors. Opened anew each time: an open checkpoint keeps all that was read of it mapped, twice the
+    weights in the end."""
+    checkpoint = Checkpoint(model_dir)
+    return [checkpoint.read(name).clone() for name in names]
+
+
+def tensor_shapes(config: ModelConfig, with_memory: bool) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint holds, by tensor name: with the memory networks, or without them."""
+    with torch.device("meta"):
+        model = Transformer(config, with_memory)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def load_transformer(
     model_dir: Path, *, with_memory: bool, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Transformer:
-    """Read a model in its training form (`with_memory`) or serving form, converted to `dtype`.
+    """Read a model with its memory networks or without them, converted to `dtype`.
 
-    The serving form accepts a checkpoint with or without its memory tensors and never reads them. Raises ConfigError
-    or CheckpointError; a missing, misshapen or extra tensor is named.
+    Without them, a checkpoint may have memory tensors or not; they are never read. Raises ConfigError or
+    CheckpointError; a missing, misshapen or extra tensor is named.
     The weights are copied: a file that changes or fails later cannot reach a running model.
     """
     config = ModelConfig.load(model_dir)

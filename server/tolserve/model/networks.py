@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from tolserve.model.blocks import Layer
-from tolserve.model.checkpoint import Checkpoint, CheckpointError, check_names
+from tolserve.model.checkpoint import Checkpoint, CheckpointError, check_names, read_copies, tensor_shapes
 from tolserve.model.config import ModelConfig
-from tolserve.model.transformer import Transformer
 
 # Tokens per call. A layer's weights are converted to float32 once per call, a share of the time that falls with their
 # number; memory grows with it. At 24 layers of 2048 x 5464, 2,048 tokens took 0.66 GB beside the weights, measured, and
@@ -32,15 +31,16 @@ class MemoryNetworks:
         if not checkpoint.has_memory_weights():
             raise CheckpointError(f"{model_dir} has no memory tensors to build a table from")
         with torch.device("meta"):
-            model = Transformer(self.config, with_memory=True)
             layer = Layer(self.config, with_memory=True)
-        check_names({name: tuple(p.shape) for name, p in model.named_parameters()}, checkpoint, skip_memory=False)
-        (self._embedding,) = _read(model_dir, ["model.embed_tokens.weight"])
+        check_names(tensor_shapes(self.config, with_memory=True), checkpoint, skip_memory=False)
+        (self._embedding,) = read_copies(model_dir, ["model.embed_tokens.weight"])
         self._scratch = layer
         self._scratch.memory.to_empty(device="cpu")
         self._scratch.memory_layernorm.to_empty(device="cpu")
         used = [name for name, parameter in layer.named_parameters() if not parameter.is_meta]
-        self._weights = {index: _read(model_dir, [f"model.layers.{index}.{name}" for name in used]) for index in layers}
+        self._weights = {
+            index: read_copies(model_dir, [f"model.layers.{index}.{name}" for name in used]) for index in layers
+        }
 
     def batches(self) -> Iterator[range]:
         """All token ids in order."""
@@ -54,10 +54,3 @@ class MemoryNetworks:
         for parameter, weight in zip(used, self._weights[layer], strict=True):
             parameter.copy_(weight)
         return self._scratch.memory_row(self._embedding[tokens.start : tokens.stop].float())
-
-
-def _read(model_dir: Path, names: list[str]) -> list[Tensor]:
-    """Copies of tensors. Opened anew each time: an open checkpoint keeps all that was read of it mapped, twice the
-    weights in the end."""
-    checkpoint = Checkpoint(model_dir)
-    return [checkpoint.read(name).clone() for name in names]
