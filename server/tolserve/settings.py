@@ -68,6 +68,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 EncodingName = Literal["bf16", "int8", "int4", "lowrank", "lowrank-int8", "lowrank-int4"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+WeightsName = Literal["auto", "int8", "int4"]
 PolicyName = Literal["lru", "s3fifo", "static", "half-pinned", "context"]
 
 
@@ -167,7 +169,8 @@ class EngineOptions(Options):
 
     model: CliPositionalArg[Path] = Field(DEMO_MODEL, description="model directory; the bundled one if not given")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs; auto prefers cuda")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
+    dtype: DtypeName = Field("auto", description="precision of keys and values, on cuda of activations too")
+    weights: WeightsName = Field("auto", description="precision of the weights; auto: the checkpoint's, else --dtype")
     table: Path | None = Field(None, description="table directory; else MODEL/tol, else built once into --cache-dir")
     device_cache: CacheSize = Field("10%", description="records on the device: a count, bytes (2GiB) or share (10%)")
     host_cache: CacheSize = Field("0", description="records in RAM behind it, same units; processes share a 100%")
@@ -355,8 +358,9 @@ class TablePlanSettings(Options):
     encoding: EncodingName | None = Field(
         None, description="the table's encoding; that of one that is there, else bf16"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="precision of the weights")
-    max_num_seqs: Positive = Field(32, description="as of `serve`; sizes the keys and values, as the next two")
+    dtype: DtypeName = Field("auto", description="as of `serve`; sizes weights, keys and values, as the next four")
+    weights: WeightsName = Field("auto", description="precision of the weights")
+    max_num_seqs: Positive = Field(32, description="sequences in one step at most")
     max_model_len: Positive | None = Field(None, description="tokens of prompt and answer together; the model's limit")
     kv_cache: Bytes = Field("auto", description="memory for keys and values, bytes with a unit (1GiB)")
     cache_dir: Path = Field(default_factory=_default_cache_dir, description="private folder for tables built here")

@@ -26,7 +26,7 @@ from tolserve.tol.plan import (
 )
 from tolserve.tol.table import RecordError
 
-MEMORY = Memory("float32", layers=1000, embedding=200, kv=30, kv_tokens=16, factors=0, host_cache=4)
+MEMORY = Memory("float32", "float32", layers=1000, embedding=200, kv=30, kv_tokens=16, factors=0, host_cache=4)
 DISK = DiskSpeed("direct", "bypassed", reads=1, p50_ms=0.5, p99_ms=2.0, bytes_per_second=8_192_000, outstanding=8)
 
 

@@ -16,8 +16,9 @@ from tolserve.engine.runner import Runner
 from tolserve.engine.scheduler import Scheduler
 from tolserve.metrics import Metrics
 from tolserve.model.build import BuildOptions, build_table
-from tolserve.model.checkpoint import Checkpoint, load_transformer, read_fingerprint
+from tolserve.model.checkpoint import Checkpoint, read_fingerprint
 from tolserve.model.config import ModelConfig
+from tolserve.model.serving import ServingModel
 from tolserve.tol.encoding import values_of
 from tolserve.tol.frequencies import Counts, most_frequent, read_frequencies
 from tolserve.tol.pager import Pager
@@ -62,7 +63,7 @@ def assemble(settings: EngineSettings) -> Engine:
     watch = TableWatch(stamps_of(table), metrics) if table is not None else None
     blocks = kv_blocks(settings, config, dtype, max_len)
     recorder = _recorder(settings, config)
-    model = load_transformer(model_dir, with_memory=False, dtype=dtype, device=device)
+    model = ServingModel.load(model_dir, dtype=dtype, weights=settings.weights, device=device)
     kv = KVCache(config, blocks=blocks, block_size=BLOCK_SIZE, max_len=max_len, dtype=dtype, device=device)
     # Last: a table in shared memory is there for others too, and must not stay behind when something else fails.
     pager = _pager(settings, table, device, metrics) if table is not None else None

@@ -1,7 +1,7 @@
 """What an engine is told at its start."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class EngineSettings:
     table: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    weights: Literal["auto", "int8", "int4"] = "auto"
     device_cache: str = "10%"
     host_cache: str = "0"
     tol_policy: str = "context"

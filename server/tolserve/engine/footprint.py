@@ -1,5 +1,6 @@
 """What an engine would hold, told before there is one: from config.json and headers, with no weights loaded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tolserve.engine.config import EngineSettings
 from tolserve.engine.kv import KVCache
 from tolserve.model.checkpoint import WEIGHTS, Checkpoint, read_fingerprint
 from tolserve.model.config import ModelConfig
-from tolserve.model.transformer import Transformer
+from tolserve.model.serving import Precision, weight_sizes
 from tolserve.tol.encoding import BF16
 from tolserve.tol.manifest import Manifest
 from tolserve.tol.table import Table, TableError
@@ -18,9 +19,10 @@ from tolserve.tol.table import Table, TableError
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that `assemble` allocates beside the table's tiers; weights and keys and values are in `dtype`."""
+    """Bytes that `assemble` allocates beside the table's tiers; keys and values are in `dtype`."""
 
     dtype: str
+    weights: str  # how the layers' matrices are held, "float32 and int8" if not all alike
     layers: int  # attention, norms, and the FFNs of a base or flex model
     embedding: int  # and the output head, where it is not tied
     kv: int
@@ -33,20 +35,20 @@ def footprint(settings: EngineSettings, config: ModelConfig, table: Table | None
 
     Raises SettingsError for settings that do not fit the model or the machine.
     """
-    dtype = choose_dtype(settings.dtype, choose_device(settings.device))
-    with torch.device("meta"):
-        model = Transformer(config, with_memory=False)
-    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in model.named_parameters()}
-    embedding = sum(size for name, size in sizes.items() if "embed_tokens" in name or name.startswith("lm_head"))
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    precision = Precision(dtype, settings.weights, device)
+    weights = weight_sizes(config, precision, _stored(Path(settings.model), dtype))
     blocks = kv_blocks(settings, config, dtype, longest_context(settings, config))
     ranks = (table.manifest.encoding.ranks if table is not None else None) or ()
     return Footprint(
         dtype=str(dtype).removeprefix("torch."),
-        layers=sum(sizes.values()) - embedding,
-        embedding=embedding,
+        weights=" and ".join(sorted(weights.encodings)),
+        layers=weights.layers,
+        embedding=weights.embedding,
         kv=blocks * KVCache.bytes_per_block(config, BLOCK_SIZE, dtype),
         kv_tokens=blocks * BLOCK_SIZE,
-        factors=sum(ranks) * config.hidden_size * dtype.itemsize,
+        factors=sum(ranks) * config.hidden_size * precision.activations.itemsize,
     )
 
 
@@ -56,7 +58,7 @@ def ready_table(settings: EngineSettings, model_dir: Path, config: ModelConfig, 
     A folder with config.json alone is planned for as well. Raises TableError for a table that does not belong to the
     model, for a given one of another encoding, and where there is neither a table nor what one is built from.
     """
-    has_weights = any((model_dir / name).exists() for name in (WEIGHTS, WEIGHTS + ".index.json"))
+    has_weights = _has_weights(model_dir)
     path = Path(settings.table) if settings.table is not None else model_dir / "tol"
     if settings.table is None and not path.exists():
         if not has_weights:
@@ -70,3 +72,12 @@ def ready_table(settings: EngineSettings, model_dir: Path, config: ModelConfig, 
     if settings.table is None and encoding not in (None, found):
         return None
     return find_table(replace(settings, table=str(path), tol_encoding=encoding or found), model_dir, config)
+
+
+def _has_weights(model_dir: Path) -> bool:
+    return any((model_dir / name).exists() for name in (WEIGHTS, WEIGHTS + ".index.json"))
+
+
+def _stored(model_dir: Path, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """The precision of each tensor of the checkpoint; `dtype` where there is none yet."""
+    return Checkpoint(model_dir).dtype if _has_weights(model_dir) else lambda _: dtype

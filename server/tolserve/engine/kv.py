@@ -1,15 +1,19 @@
 """Keys and values in blocks, and the attention that reads them through block tables."""
 
 import math
+from itertools import accumulate
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tolkernels import decode_attention, store_kv
+from tolserve.engine.inputs import StepInputs
 from tolserve.engine.sequence import Chunk
-from tolserve.model.blocks import rotary_tables, rotate
+from tolserve.model.blocks import rotary_tables
 from tolserve.model.config import ModelConfig
+from tolserve.model.serving import Attend
 
 
 class KVCache:
@@ -38,84 +42,72 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-class StepAttention:
-    """Causal attention of one step's chunks over their own blocks; an `Attend` for the layers.
+class DecodeAttention:
+    """An `Attend` for single tokens, one of each of some sequences. It reads tensors alone, so that a CUDA graph may
+    hold it: `inputs` may then be buffers that every step fills anew."""
 
-    Tokens of the step lie flat, chunk after chunk. Single-token chunks (decoding) attend together, padded to the
-    longest; longer chunks attend one by one.
-    """
+    def __init__(self, kv: KVCache, inputs: StepInputs) -> None:
+        self._kv, self._inputs = kv, inputs
+        self._cos, self._sin = kv.cos[inputs.positions], kv.sin[inputs.positions]  # [T, head_dim]
 
-    def __init__(self, kv: KVCache, chunks: list[Chunk]) -> None:
-        self.kv = kv
-        device = kv.data.device
-        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks])
-        slots, offsets, cursor = [], [], 0
-        for chunk in chunks:
-            table = torch.tensor(chunk.sequence.blocks)
-            at = torch.arange(chunk.start, chunk.end)
-            slots.append(table[at // kv.block_size] * kv.block_size + at % kv.block_size)
-            offsets.append(cursor)
-            cursor += chunk.count
-        self.slots = torch.cat(slots).to(device)  # [T] where each token's key and value go
-        self.cos, self.sin = (table[positions.to(device)] for table in (kv.cos, kv.sin))  # [T, head_dim]
-        self._decodes = _Decodes(kv, [(o, c) for o, c in zip(offsets, chunks, strict=True) if c.count == 1], device)
-        self._prefills = [
-            _Prefill(kv, offset, chunk, device)
-            for offset, chunk in zip(offsets, chunks, strict=True)
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        keys, values = self._kv.data[layer]
+        q = store_kv(qkv, self._cos, self._sin, self._inputs.places, keys, values)
+        return decode_attention(q, keys, values, self._inputs.tables, self._inputs.lengths).flatten(1)
+
+
+class MixedAttention:
+    """An `Attend` for a step with longer chunks: these attend one by one over their own blocks, the single tokens
+    together."""
+
+    def __init__(self, kv: KVCache, chunks: list[Chunk], inputs: StepInputs) -> None:
+        self._kv, self._inputs = kv, inputs
+        self._cos, self._sin = kv.cos[inputs.positions], kv.sin[inputs.positions]
+        rows = [0, *accumulate(chunk.count for chunk in chunks)]
+        at = [index for index, chunk in enumerate(chunks) if chunk.count == 1]
+        self._singles = torch.tensor([rows[index] for index in at], dtype=torch.int64, device=inputs.tokens.device)
+        self._tables, self._lengths = inputs.tables[at], inputs.lengths[at]
+        self._pieces = [
+            _Piece(chunk, slice(rows[index], rows[index + 1]), inputs.tables[index], kv.block_size)
+            for index, chunk in enumerate(chunks)
             if chunk.count > 1
         ]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, heads, head_dim], k and v [T, kv_heads, head_dim], unrotated -> [T, heads, head_dim]."""
-        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
-        keys, values = self.kv.data[layer, 0], self.kv.data[layer, 1]
-        keys.flatten(0, 1).index_copy_(0, self.slots, k)
-        values.flatten(0, 1).index_copy_(0, self.slots, v)
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        keys, values = self._kv.data[layer]
+        q = store_kv(qkv, self._cos, self._sin, self._inputs.places, keys, values)
         out = torch.empty_like(q)
-        if self._decodes.rows.numel():
-            out[self._decodes.rows] = self._decodes.attend(q, keys, values)
-        for prefill in self._prefills:
-            out[prefill.rows] = prefill.attend(q, keys, values)
-        return out
+        if len(self._singles):
+            out[self._singles] = decode_attention(q[self._singles], keys, values, self._tables, self._lengths)
+        for piece in self._pieces:
+            out[piece.rows] = piece.attend(q, keys, values)
+        return out.flatten(1)
 
 
-class _Decodes:
-    """The step's single-token chunks, attending as one padded batch."""
-
-    def __init__(self, kv: KVCache, chunks: list[tuple[int, Chunk]], device: torch.device) -> None:
-        self.rows = torch.tensor([offset for offset, _ in chunks], dtype=torch.int64, device=device)
-        if not chunks:
-            return
-        used = [-(-chunk.end // kv.block_size) for _, chunk in chunks]
-        tables = torch.zeros((len(chunks), max(used)), dtype=torch.int64)
-        for row, (count, (_, chunk)) in enumerate(zip(used, chunks, strict=True)):
-            tables[row, :count] = torch.tensor(chunk.sequence.blocks[:count])
-        lengths = torch.tensor([chunk.end for _, chunk in chunks])
-        self.tables = tables.to(device)  # [B, blocks]
-        visible = torch.arange(max(used) * kv.block_size) < lengths[:, None]
-        self.mask = visible[:, None, None, :].to(device)  # [B, 1, 1, context]
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        k, v = (cache[self.tables].flatten(1, 2).transpose(1, 2) for cache in (keys, values))  # [B, kv, context, hd]
-        out = F.scaled_dot_product_attention(q[self.rows].unsqueeze(2), k, v, attn_mask=self.mask, enable_gqa=True)
-        return out.squeeze(2)
-
-
-class _Prefill:
+class _Piece:
     """One chunk of several tokens, attending over the sequence so far."""
 
-    def __init__(self, kv: KVCache, offset: int, chunk: Chunk, device: torch.device) -> None:
-        self.rows = slice(offset, offset + chunk.count)
-        used = -(-chunk.end // kv.block_size)
-        self.table = torch.tensor(chunk.sequence.blocks[:used], device=device)
-        self.length = chunk.end
-        at = torch.arange(chunk.start, chunk.end, device=device)
-        self.mask = torch.arange(chunk.end, device=device) <= at[:, None]  # [count, context]
+    def __init__(self, chunk: Chunk, rows: slice, table: Tensor, block_size: int) -> None:
+        self.rows, self._length = rows, chunk.end
+        self._table = table[: -(-chunk.end // block_size)]
+        self._mask: Tensor | None = None  # a chunk from the start on is plainly causal
+        if chunk.start:
+            at = torch.arange(chunk.start, chunk.end, device=table.device)
+            self._mask = torch.arange(chunk.end, device=table.device) <= at[:, None]  # [count, context]
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        k, v = (cache[self.table].flatten(0, 1)[: self.length].transpose(0, 1) for cache in (keys, values))
+        k, v = (
+            cache[self._table].flatten(0, 1)[: self._length].transpose(0, 1).to(q.dtype) for cache in (keys, values)
+        )
         query = q[self.rows].transpose(0, 1)
         out = F.scaled_dot_product_attention(
-            query[None], k[None], v[None], attn_mask=self.mask[None, None], enable_gqa=True
+            query[None], k[None], v[None], attn_mask=self._mask, is_causal=self._mask is None, enable_gqa=True
         )
         return out[0].transpose(0, 1)
+
+
+def step_attention(kv: KVCache, chunks: list[Chunk], inputs: StepInputs) -> Attend:
+    """The attention of one step, whose tensors `inputs` are."""
+    if all(chunk.count == 1 for chunk in chunks):
+        return DecodeAttention(kv, inputs)
+    return MixedAttention(kv, chunks, inputs)

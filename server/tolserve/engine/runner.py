@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tolkernels import gather_rows
-from tolserve.engine.kv import KVCache, StepAttention
+from tolkernels import add_rows, rms_norm
+from tolserve.engine.inputs import step_inputs
+from tolserve.engine.kv import KVCache, step_attention
 from tolserve.engine.sequence import Chunk
-from tolserve.model.blocks import AddRow
-from tolserve.model.transformer import Transformer, no_rows
+from tolserve.model.serving import AddRow, Attend, ServingModel, no_rows
 from tolserve.tol.pager import Lease, Pager
 from tolserve.tol.table import Table
 
@@ -25,20 +26,20 @@ class StepResult:
 class Runner:
     """The serving form of a model over paged keys and values, with rows from a pager (None for a base model)."""
 
-    def __init__(self, model: Transformer, kv: KVCache, pager: Pager | None) -> None:
+    def __init__(self, model: ServingModel, kv: KVCache, pager: Pager | None) -> None:
         self.model, self.kv, self.pager = model, kv, pager
         self.device = kv.data.device
         self.factors = self.factors_of(pager.table) if pager is not None else {}
 
     def factors_of(self, table: Table) -> dict[int, Tensor]:
-        """A lowrank table's factors by layer, on the device and in the model's precision; other tables have none.
+        """A lowrank table's factors by layer, on the device and in the stream's precision; other tables have none.
 
         Raises TableError, MemoryError when the device has no room.
         """
         bits = table.read_factors()
         try:
             return {
-                layer: torch.from_numpy(rows).view(torch.bfloat16).to(self.device, self.kv.data.dtype)
+                layer: torch.from_numpy(rows).view(torch.bfloat16).to(self.device, self.model.dtype)
                 for layer, rows in bits.items()
             }
         except RuntimeError as error:  # torch's own for CUDA is a subclass; for the CPU there is none
@@ -48,47 +49,71 @@ class Runner:
     def run(self, chunks: list[Chunk], lease: Lease | None) -> StepResult:
         """Compute one step. Raises RecordsUnavailable if a record it needs could not be read; keys and values written
         until then are overwritten when the sequences run again."""
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        rows = _LeasedRows(self, lease, tokens) if lease is not None else None
-        add_row: AddRow = rows if rows is not None else no_rows
-        ids = torch.tensor(tokens, device=self.device)
-        hidden = self.model.hidden(ids, StepAttention(self.kv, chunks), add_row)
-        return StepResult(hidden, rows.stall if rows is not None else 0.0)
+        inputs = step_inputs(chunks, self.kv.block_size, self.device)
+        attend = step_attention(self.kv, chunks, inputs)
+        if lease is None:
+            return StepResult(self.forward(inputs.tokens, attend, no_rows), 0.0)
+        rows = _LeasedRows(self, lease, [token for chunk in chunks for token in chunk.tokens])
+        return StepResult(self.forward(inputs.tokens, attend, rows), rows.stall)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, attend: Attend, add_row: AddRow) -> Tensor:
+        """The layers alone: tokens [T] -> normed hidden states [T, d]. Waits for nothing but what the two callables
+        wait for, and allocates nothing that outlives it, so that a CUDA graph may hold it."""
+        return self.model.hidden(tokens, attend, add_row)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)
 
 
-class _LeasedRows:
-    """Adds rows out of the device tier, waiting for each part of it the first time a layer needs a row of it."""
+class TableRows:
+    """An `AddRow` over the device tier: `slots` has for each of its parts a tensor [T] int64 on the device."""
 
-    def __init__(self, runner: Runner, lease: Lease, tokens: list[int]) -> None:
+    def __init__(self, runner: "Runner", slots: list[Tensor]) -> None:
         if runner.pager is None:
-            raise RuntimeError("a lease without a pager")
-        self._pager, self._lease, self._tokens = runner.pager, lease, tokens
-        self._device, self._factors = runner.device, runner.factors
-        self._manifest = runner.pager.table.manifest
-        self._slots: list[Tensor] = []  # by part that was waited for: [T] int64
-        self.stall = 0.0
+            raise RuntimeError("rows without a pager")
+        self._parts, self._part_of, self._slots = runner.pager.parts, runner.pager.part_of, slots
+        self._manifest, self._factors = runner.pager.table.manifest, runner.factors
+        self._eps = runner.model.config.rms_norm_eps
 
-    def __call__(self, layer: int, x: Tensor) -> Tensor:
-        if layer in self._manifest.dropped_layers:  # only an addend is missing (paper section 2)
-            return x
+    def part_of(self, layer: int) -> int | None:
+        """The part that has the layer's rows; None for a layer without any."""
+        if layer in self._manifest.dropped_layers:
+            return None
+        return self._part_of(self._manifest.row_layout(layer)[0])
+
+    def __call__(self, layer: int, stream: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        index = self.part_of(layer)
+        if index is None:  # only an addend is missing (paper section 2)
+            return stream, rms_norm(stream, norm, self._eps)
         group, row = self._manifest.row_layout(layer)
-        index = self._pager.part_of(group)
-        while len(self._slots) <= index:
-            self.stall += self._lease.wait(len(self._slots))
-            slots = self._lease.slots[len(self._slots)]
-            self._slots.append(torch.tensor([slots[token] for token in self._tokens], device=self._device))
-        part = self._pager.parts[index]
-        offset = self._manifest.groups[group].offset - part.offset + row.offset
-        return gather_rows(
+        part = self._parts[index]
+        return add_rows(
             part.arena.data,
             self._slots[index],
-            x,
-            offset=offset,
+            stream,
+            norm,
+            self._eps,
+            offset=self._manifest.groups[group].offset - part.offset + row.offset,
             values=row.values,
             group_size=row.group_size,
             factor=self._factors.get(layer),
         )
+
+
+class _LeasedRows:
+    """TableRows of a lease, waiting for each part the first time that a layer needs a row of it."""
+
+    def __init__(self, runner: Runner, lease: Lease, tokens: list[int]) -> None:
+        self._lease, self._waited = lease, 0  # parts that were waited for
+        slots = [np.fromiter(map(part.__getitem__, tokens), np.int64, len(tokens)) for part in lease.slots]
+        self._rows = TableRows(runner, [torch.from_numpy(each).to(runner.device) for each in slots])
+        self.stall = 0.0
+
+    def __call__(self, layer: int, stream: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        index = self._rows.part_of(layer)
+        while index is not None and self._waited <= index:
+            self.stall += self._lease.wait(self._waited)
+            self._waited += 1
+        return self._rows(layer, stream, norm)

@@ -147,9 +147,10 @@ def _check(reads: list[Read]) -> list[Read]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that are held whatever the device cache: of weights in `dtype`, keys and values, and the host cache."""
+    """Bytes that are held whatever the device cache: of weights, keys and values in `dtype`, and the host cache."""
 
     dtype: str
+    weights: str  # how they are held
     layers: int
     embedding: int
     kv: int
@@ -289,9 +290,9 @@ def render(plan: Plan) -> str:
     lines = [
         f"model   {model['path']}: {model['ffn_variant']}, {model['num_hidden_layers']} layers of "
         f"{model['hidden_size']:,}, {model['vocab_size']:,} tokens",
-        f"memory  attention and norms        {amount(memory.layers):>9}  {memory.dtype}",
-        f"        embedding and output head  {amount(memory.embedding):>9}  {memory.dtype}",
-        f"        keys and values            {amount(memory.kv):>9}  room for {memory.kv_tokens:,} tokens",
+        f"memory  attention and norms        {amount(memory.layers):>9}  {memory.weights}",
+        f"        embedding and output head  {amount(memory.embedding):>9}  {memory.weights}",
+        f"        keys and values            {amount(memory.kv):>9}  {memory.dtype}, {memory.kv_tokens:,} tokens",
         f"        factors of the table       {amount(memory.factors):>9}  of a lowrank one",
         f"        host cache                 {amount(memory.host_cache):>9}  in RAM",
         f"        together                   {amount(memory.total):>9}  and the device cache",
