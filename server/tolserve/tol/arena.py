@@ -2,11 +2,13 @@
 
 import mmap
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tolserve.tol.table import Bytes
 
@@ -34,6 +36,7 @@ class DeviceArena:
             self.data = torch.empty((slots, stride), dtype=torch.uint8, device=device)
         except RuntimeError as error:  # torch's own for CUDA is a subclass; for the CPU there is none
             raise MemoryError(f"{slots} records of {stride} bytes do not fit on {device}: {error}") from error
+        self.data[0].zero_()  # read for a record that is nowhere; the result is thrown away, but must be no NaN
         self.device = self.data.device
         self._on_cpu = self.device.type == "cpu"
         if self._on_cpu:
@@ -106,6 +109,27 @@ class DeviceArena:
             torch.cuda.current_stream(self.device).wait_event(event)
 
 
+class DeviceMap:
+    """`data` int32 [size] on `device`: where each token's record lies, -1 for nowhere. Steps look it up themselves."""
+
+    def __init__(self, size: int, device: Device) -> None:
+        self.data = torch.full((size,), -1, dtype=torch.int32, device=device)
+
+    def write(self, tokens: Sequence[int], places: Sequence[int]) -> None:
+        """Launch the change of these entries on the current stream: steps launched from now on see it, earlier ones do
+        not. The host does not wait."""
+        on_device = self.data.is_cuda
+        # Pinned memory of torch's cache: it is not handed out again before the copy is through.
+        changes = torch.tensor([tokens, places], dtype=torch.int64, pin_memory=on_device)
+        there = changes.to(self.data.device, non_blocking=True)
+        self.data.index_copy_(0, there[0], there[1].int())
+
+    def ready(self, events: Iterable[Event]) -> None:
+        """Make the current stream wait for these fills."""
+        for event in events:
+            torch.cuda.current_stream(self.data.device).wait_event(event)
+
+
 class HostMemory:
     """`records` uint8 [slots, record_bytes] in RAM: anonymous pages, or those of a `file` mapping, which is only read.
 
@@ -130,6 +154,12 @@ class HostMemory:
                 with suppress(RuntimeError):  # the refusal stays CUDA's last error until somebody asks for it
                     torch.zeros(1, device=device)
                 raise MemoryError(f"{size} bytes of host memory cannot be pinned: CUDA error {int(code)}")
+
+    def tensor(self) -> Tensor:
+        """`records` as kernels take it, without a copy; read-only where the file is."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(self.records)
 
     def close(self) -> None:
         """Unpin; the memory itself goes with the last array that refers to it."""

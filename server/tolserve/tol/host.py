@@ -9,6 +9,7 @@ from typing import Protocol
 from tolserve.metrics import Metric
 from tolserve.tol.arena import Device, Event, HostMemory
 from tolserve.tol.policy.base import Policy
+from tolserve.tol.slotmap import SlotMap
 from tolserve.tol.table import Bytes
 
 
@@ -16,6 +17,8 @@ class Host(Protocol):
     """What the pager asks of records in RAM, whether they are some (HostTier) or all (shared.WholeTable)."""
 
     slots: int
+    memory: HostMemory
+    map: SlotMap | None  # for steps that read records in place
 
     @property
     def used(self) -> int: ...
@@ -57,10 +60,18 @@ class HostTier:
     For a CUDA device the memory is pinned. Raises MemoryError when it cannot be had.
     """
 
-    def __init__(self, slots: int, record_bytes: int, policy: Policy, evictions: Metric, device: Device) -> None:
-        self.slots = slots
+    def __init__(
+        self,
+        slots: int,
+        record_bytes: int,
+        policy: Policy,
+        evictions: Metric,
+        device: Device,
+        records: SlotMap | None = None,
+    ) -> None:
+        self.slots, self.map = slots, records
         self._device, self._record_bytes = device, record_bytes
-        self._memory = HostMemory(slots, record_bytes, device)
+        self.memory = HostMemory(slots, record_bytes, device)
         self.policy = policy
         self._evictions = evictions
         self._ever_used = slots > 0
@@ -84,7 +95,7 @@ class HostTier:
     def lend(self, token: int) -> Bytes:
         self.policy.touch(token)
         self._lent[token] += 1
-        return self._memory.records[self._slot_of[token]]
+        return self.memory.records[self._slot_of[token]]
 
     def give_back(self, token: int, copy: Event | None) -> None:
         self._lent[token] -= 1
@@ -114,16 +125,20 @@ class HostTier:
             event.synchronize()
         self._reserved.add(token)
         self.policy.insert(token)
-        return self._memory.records[slot]
+        return self.memory.records[slot]
 
     def settle(self, token: int, arrived: bool) -> None:
         if token in self._reserved:
             self._reserved.remove(token)
             if not arrived:
                 self._remove(token)
+            elif self.map is not None:
+                self.map.put(token, self._slot_of[token], None)
 
     def _remove(self, token: int) -> None:
         self.policy.remove(token)
+        if self.map is not None:
+            self.map.remove(token)
         self._free.append(self._slot_of.pop(token))
 
     def resize(self, slots: int) -> None:
@@ -135,12 +150,14 @@ class HostTier:
             self._remove(token)
         kept = order[len(gone) :]
         for slot, token in enumerate(kept):
-            memory.records[slot] = self._memory.records[self._slot_of[token]]
+            memory.records[slot] = self.memory.records[self._slot_of[token]]
         self.close()
-        self._memory, self.slots = memory, slots
+        self.memory, self.slots = memory, slots
         self._slot_of = {token: slot for slot, token in enumerate(kept)}
         self._free = list(range(len(kept), slots))
         self._copies.clear()
+        if self.map is not None:
+            self.map.reset(self._slot_of)
         self.policy.resize(slots)
         self._ever_used |= slots > 0
         self._evictions.add(len(gone), "host")
@@ -156,4 +173,4 @@ class HostTier:
     def close(self) -> None:
         for event in (event for events in self._copies.values() for event in events):
             event.synchronize()
-        self._memory.close()
+        self.memory.close()

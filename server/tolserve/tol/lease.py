@@ -32,6 +32,7 @@ class Lease:
         self.lost: set[int] = set()  # tokens whose fill failed: their slots are others' by now
         self.unreported = 0.0  # seconds that acquire was blocked, reported by the first wait
         self.stalled = False
+        self.in_place: list[int] = []  # tokens whose records the step reads in host memory
 
     def holds(self, token: int) -> bool:
         return token in self.tokens and token not in self.lost

@@ -45,10 +45,11 @@ class Pager:
         head_factor: float | None = None,
         io: str = "direct",
         read_depth: int = READ_DEPTH,
+        mapped: bool = False,
         metrics: Metrics,
     ) -> None:
         """Sizes in records; the other options and what it raises are those of tiers.Tiers and TierOptions."""
-        options = TierOptions(device, policy, frequent, head_factor, io, read_depth)
+        options = TierOptions(device, policy, frequent, head_factor, io, read_depth, mapped)
         self._count = Counters(metrics)
         self._leases: list[Lease] = []
         self._untold: list[tuple[Hashable, Sequence[int], bool]] = []  # not heard of by the policies; whether they run
@@ -61,6 +62,7 @@ class Pager:
     def _use(self, tiers: Tiers) -> None:
         self._tiers = tiers
         self.table, self.parts, self.disk, self.host = tiers.table, tiers.parts, tiers.disk, tiers.host
+        self.maps = tiers.maps
         self._fills = Fills(tiers.table, tiers.parts, tiers.host, tiers.disk, self._count)
         self._set_sizes()
 
@@ -137,6 +139,41 @@ class Pager:
         except BaseException:
             self.release(lease)
             raise
+        return lease
+
+    def launch_blind(self) -> None:
+        """A step is about to be launched whose tokens the host does not know: it finds its records through the maps, as
+        they are after `publish`. Until `settle` nothing may change in the tiers."""
+        self.publish()
+        if self.maps is not None:
+            self.maps.blind = True
+
+    def publish(self, wait: bool = False) -> None:
+        """Bring the device's maps up to date; with `wait` the current stream waits for copies that still run."""
+        if self.maps is None:
+            raise RuntimeError("this pager keeps no maps on the device")
+        self._land(block=False)
+        self.maps.publish(wait)
+
+    def settle(self, tokens: Sequence[int]) -> Lease:
+        """`acquire` for the step that was launched blind, now that its tokens are known. What `maps.reach` says is
+        still what the step saw.
+
+        A record that it reads in host memory stays there until the release, which copies it up: a miss without a stall.
+        """
+        if self.maps is None:
+            raise RuntimeError("this pager keeps no maps on the device")
+        self.maps.blind = False
+        in_place = [token for token in self._distinct(tokens) if self.maps.in_place(token)]
+        for token in in_place:
+            self.host.lend(token)
+        try:
+            lease = self.acquire(tokens)
+        except BaseException:
+            for token in in_place:
+                self.host.give_back(token, None)
+            raise
+        lease.in_place = in_place
         return lease
 
     def _claim(self, lease: Lease) -> None:
@@ -281,14 +318,17 @@ class Pager:
             lease.stalled = True
         return waited
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: Lease, over: bool = False) -> None:
         """Give up a step's records; a second time does nothing.
 
         On CUDA, call it after the step was launched, with the step's stream current: the slots are overwritten only
-        behind what is on that stream now. Reads still on their way go on, and their slots are theirs until then.
+        behind what is on that stream now. If the step is `over`, they need not be. Reads still on their way go on, and
+        their slots are theirs until then.
         """
         if lease not in self._leases:
             return
+        for token in lease.in_place:
+            self.host.give_back(token, None)
         for fill in lease.fills:
             self._fills.copy(fill)
         self._tell()
@@ -299,7 +339,8 @@ class Pager:
         # As tol/policy/base.py says: what was there, then what came in for this step.
         order = [*(token for token in lease.tokens if token not in lease.absent), *lease.absent]
         for part, slots in zip(self.parts, lease.slots, strict=False):
-            part.read_by(slots.values())
+            if not over:
+                part.read_by(slots.values())
             for token in order:
                 if token in part.slot_of and token not in lease.lost:
                     part.policy.touch(token)
@@ -315,9 +356,13 @@ class Pager:
             part.tidy()
         self._count.slots_used.set(len(self.parts[-1].slot_of), "device")
         self._count.slots_used.set(self.host.used, "host")
-        held = {token for lease in self._leases for token in lease.tokens if lease.holds(token)}
-        self._count.slots_pinned.set(len(held), "device")
+        self._count.slots_pinned.set(self.pinned, "device")
         self._count.slots_pinned.set(self.host.reserved, "host")
+
+    @property
+    def pinned(self) -> int:
+        """Records that leases hold."""
+        return len({token for lease in self._leases for token in lease.tokens if lease.holds(token)})
 
     def _distinct(self, tokens: Iterable[int]) -> dict[int, None]:
         wanted = dict.fromkeys(tokens)
@@ -370,6 +415,8 @@ class Pager:
         With `block` it waits for one, and something must be on its way. Raises what a delivery raised, after all of
         them were noted.
         """
+        if self.maps is not None and self.maps.blind:
+            raise RuntimeError("a step runs whose tokens are not known: settle it before anything changes")
         landed = self._fills.land(block)
         for fill in landed:
             if fill.error is not None:

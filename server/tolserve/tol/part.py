@@ -8,6 +8,7 @@ from tolserve.tol.arena import Device, DeviceArena, Event
 from tolserve.tol.manifest import Manifest
 from tolserve.tol.policy import make_policy
 from tolserve.tol.policy.base import Policy
+from tolserve.tol.slotmap import SlotMap
 from tolserve.tol.table import Bytes, RecordError
 
 Source = Literal["host", "disk"]
@@ -37,15 +38,25 @@ class Fill:
 class Part:
     """Slots for the layer groups `groups`: `bytes` from byte `offset` of a record.
 
-    A token is in `slot_of` from the moment its bytes are asked for, and in `arriving` until they are there.
+    A token is in `slot_of` from the moment its bytes are asked for, and in `arriving` until they are there. `map` is
+    for steps that look records up on the device.
     """
 
     def __init__(
-        self, groups: range, offset: int, size: int, slots: int, vocab_size: int, policy: Policy, device: Device
+        self,
+        groups: range,
+        offset: int,
+        size: int,
+        slots: int,
+        vocab_size: int,
+        policy: Policy,
+        device: Device,
+        mapped: bool,
     ) -> None:
         self.groups, self.offset, self.bytes = groups, offset, size
         self.slots, self._vocab_size, self._policy = slots, vocab_size, policy
         self.arena = DeviceArena(slots, size, device)
+        self.map = SlotMap(vocab_size, device) if mapped else None
         self.slot_of: dict[int, int] = {}
         self.arriving: dict[int, Fill] = {}  # by token
         self.free = list(range(slots - 1, -1, -1))
@@ -86,12 +97,16 @@ class Part:
         del self.arriving[token]
         if event is not None:
             self._copies[self.slot_of[token]] = event
+        if self.map is not None:
+            self.map.put(token, self.slot_of[token], event)
 
     def forget(self, token: int) -> None:
         slot = self.slot_of.pop(token)
         self.arriving.pop(token, None)
         self.policy.remove(token)
         self._copies.pop(slot, None)
+        if self.map is not None:
+            self.map.remove(token)
         self.free.append(slot)
 
     def read_by(self, slots: Iterable[int]) -> None:
@@ -125,6 +140,8 @@ class Part:
         self.free = list(range(self.slots - 1, len(kept) - 1, -1))
         self._fences.clear()
         self._copies.clear()
+        if self.map is not None:
+            self.map.reset(self.slot_of)
         self.policy.resize(self.slots)
         return len(gone)
 
@@ -169,6 +186,7 @@ def make_parts(
     policy: str,
     frequent: Sequence[int] | None,
     device: Device,
+    mapped: bool,
 ) -> list[Part]:
     """The device tier of a table, in parts that together take the bytes of `records` records.
 
@@ -179,5 +197,5 @@ def make_parts(
         first, last = manifest.groups[groups.start], manifest.groups[groups.stop - 1]
         size = last.offset + last.bytes - first.offset
         order = make_policy(policy, slots, frequent)
-        parts.append(Part(groups, first.offset, size, slots, manifest.vocab_size, order, device))
+        parts.append(Part(groups, first.offset, size, slots, manifest.vocab_size, order, device, mapped))
     return parts

@@ -17,6 +17,7 @@ from pathlib import Path
 from tolserve.tol.arena import Device, Event, HostMemory
 from tolserve.tol.disk import DiskSource, ReadRequest
 from tolserve.tol.policy.base import Policy
+from tolserve.tol.slotmap import SlotMap
 from tolserve.tol.table import Bytes, RecordError, Table
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class WholeTable:
     read: a whole table with a hole is none.
     """
 
-    def __init__(self, table: Table, disk: DiskSource, device: Device) -> None:
+    def __init__(self, table: Table, disk: DiskSource, device: Device, mapped: bool = False) -> None:
         manifest = table.manifest
         self.slots = self.used = manifest.vocab_size
         self.reserved = 0
@@ -46,10 +47,13 @@ class WholeTable:
         self._fd = self._open(table, disk)
         try:
             mapping = mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ)
-            self._memory = HostMemory(manifest.vocab_size, manifest.record_bytes, device, mapping)
+            self.memory = HostMemory(manifest.vocab_size, manifest.record_bytes, device, mapping)
         except BaseException:
             self._let_go()
             raise
+        self.map = SlotMap(self.slots, device) if mapped else None
+        if self.map is not None:
+            self.map.reset({token: token for token in range(self.slots)})
 
     def _open(self, table: Table, disk: DiskSource) -> int:
         """A descriptor of the complete file, with a shared lock on it."""
@@ -110,7 +114,7 @@ class WholeTable:
         return True
 
     def lend(self, token: int) -> Bytes:
-        return self._memory.records[token]
+        return self.memory.records[token]
 
     def give_back(self, token: int, copy: Event | None) -> None:
         pass
@@ -136,7 +140,7 @@ class WholeTable:
         """Let go of it; the last one deletes it. A second time does nothing."""
         if self._fd < 0:
             return
-        self._memory.close()
+        self.memory.close()
         self._let_go()
 
     def _let_go(self) -> None:

@@ -11,13 +11,15 @@ from tolserve.tol.part import make_parts, part_slots
 from tolserve.tol.policy import make_policy
 from tolserve.tol.policy.base import Policy
 from tolserve.tol.shared import WholeTable
+from tolserve.tol.slotmap import Maps, SlotMap
 from tolserve.tol.table import Table
 
 
 @dataclass(frozen=True)
 class TierOptions:
     """What stays the same while sizes and tables change. `frequent` tokens are for policies that need them, the most
-    frequent first; `head_factor` is part.part_slots'."""
+    frequent first; `head_factor` is part.part_slots'; `mapped` keeps maps on the device for steps that look records up
+    there."""
 
     device: Device
     policy: str = "lru"
@@ -25,6 +27,7 @@ class TierOptions:
     head_factor: float | None = None
     io: str = "direct"
     read_depth: int = READ_DEPTH
+    mapped: bool = False
 
 
 class Tiers:
@@ -45,6 +48,7 @@ class Tiers:
             policy=options.policy,
             frequent=options.frequent,
             device=options.device,
+            mapped=options.mapped,
         )
         self.disk = DiskSource(table, options.io, options.read_depth)
         try:
@@ -52,13 +56,16 @@ class Tiers:
         except BaseException:
             self.disk.close()
             raise
+        part_maps = [part.map for part in self.parts if part.map is not None]
+        self.maps = Maps(part_maps, self.host.map) if part_maps else None
 
     def _host_tier(self, slots: int, count: Counters) -> Host:
         manifest, options = self.table.manifest, self.options
         if slots >= manifest.vocab_size:
-            return WholeTable(self.table, self.disk, options.device)
+            return WholeTable(self.table, self.disk, options.device, options.mapped)
         policy = make_policy(options.policy, slots, options.frequent)
-        return HostTier(slots, manifest.record_bytes, policy, count.evictions, options.device)
+        records = SlotMap(manifest.vocab_size, options.device) if options.mapped else None
+        return HostTier(slots, manifest.record_bytes, policy, count.evictions, options.device, records)
 
     @property
     def slots(self) -> int:
