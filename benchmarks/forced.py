@@ -56,17 +56,20 @@ class ForcedEngine:
         table: Table | None,
         *,
         slots: int = 0,
+        host_slots: int = 0,
         sequences: int,
         longest: int,
         dtype: Any,
         policy: str = "context",
         chunk: int = 512,
     ) -> None:
-        """`slots` of the device tier for a model with a table; room for `sequences` of `longest` tokens."""
+        """Tiers of `slots` and `host_slots` records for a model with a table; room for `sequences` of `longest` tokens
+        each."""
         config, metrics, device = model.config, Metrics(), str(model.device)
         self.slots, pager = slots, None
         if table is not None:
-            pager = Pager(table, device_slots=slots, host_slots=0, device=device, policy=policy, metrics=metrics)
+            options = {"device": device, "policy": policy, "metrics": metrics}
+            pager = Pager(table, device_slots=slots, host_slots=host_slots, **options)
         self.kv_bytes_per_token = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype) // BLOCK_SIZE
         each = -(-longest // BLOCK_SIZE) + 1
         blocks = sequences * each
@@ -78,6 +81,7 @@ class ForcedEngine:
         )
         self.engine = Engine(Runner(model, kv, pager), scheduler, metrics, max_model_len=1_000_000, max_queue=sequences)
         self._running: list[str] = []
+        self._forced: list[int] = []  # of each sequence, how many tokens it had when one was replaced last
 
     def start(self, prompts: list[list[int]]) -> None:
         """Drop what runs, then run these prompts until each has its first token."""
@@ -86,21 +90,27 @@ class ForcedEngine:
             params = SamplingParams(max_tokens=100_000, temperature=0, ignore_eos=True)
             request = Request(str(index), tuple(prompt), params)
             self._running.append(request.request_id)
+            self._forced.append(0)
             if (failure := self.engine.add(request)) is not None:
                 raise RuntimeError(failure.message)
         while any(sequence.generated == 0 for sequence in self.engine.scheduler.sequences()):
             self.engine.step()
 
     def step(self, tokens: list[int]) -> None:
-        """One engine step with each sequence's next token replaced by its own of `tokens`."""
+        """One engine step, what each sequence sampled last replaced by its own of `tokens`; one that sat a step out
+        keeps the token whose record it waits for."""
         for sequence in self.engine.scheduler.running:
-            sequence.tokens[-1] = tokens[int(sequence.request_id)]
+            index = int(sequence.request_id)
+            if sequence.generated > self._forced[index]:
+                sequence.tokens[-1] = tokens[index]
+                self._forced[index] = sequence.generated
         self.engine.step()
 
     def stop(self) -> None:
         for request_id in self._running:
             self.engine.abort(request_id)
         self._running.clear()
+        self._forced.clear()
 
     def timed_steps(self, tokens: list[list[int]]) -> list[float]:
         """Seconds of each of these steps."""
@@ -110,6 +120,11 @@ class ForcedEngine:
             self.step(row)
             times.append(time.perf_counter() - started)
         return times
+
+    @property
+    def generated(self) -> int:
+        """Tokens of all sequences that run."""
+        return sum(sequence.generated for sequence in self.engine.scheduler.sequences())
 
     def counters(self) -> dict[str, float]:
         """The table's counters by name, labels summed."""
@@ -132,6 +147,16 @@ class ForcedEngine:
             lease = pager.acquire([token])
             lease.wait()
             pager.release(lease)
+
+    def bytes(self) -> dict[str, int]:
+        """What is held next to the computation; keys and values by token."""
+        pager, runner = self.engine.pager, self.engine.runner
+        return {
+            "weights": runner.model.nbytes,
+            "kv_per_token": self.kv_bytes_per_token,
+            "device_cache": pager.device_bytes if pager is not None else 0,
+            "factors": sum(factor.nbytes for factor in runner.factors.values()),
+        }
 
     def close(self) -> None:
         self.stop()

@@ -19,7 +19,7 @@ from typing import Any
 
 import report
 import torch
-from decode import random_transformer
+from random_model import random_transformer
 from random_table import random_table
 
 from tolserve.model.checkpoint import save_checkpoint

@@ -78,8 +78,7 @@ class LlamaCpp:
         return {
             "version": version("llama-cpp-python"),
             "system": lib.llama_print_system_info().decode().strip(),
-            "weights_bytes": lib.llama_model_size(self._model),
-            "kv_bytes_per_token": self._kv_bytes,  # F16
+            "bytes": {"weights": lib.llama_model_size(self._model), "kv_per_token": self._kv_bytes},  # keys in F16
         }
 
     def use(self, **options: Any) -> None:

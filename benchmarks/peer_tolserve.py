@@ -64,10 +64,7 @@ class Tolserve:
         counters = engine.counters()
         return {
             "version": f"torch {version('torch')}",
-            "weights_bytes": self._model.nbytes,
-            "kv_bytes_per_token": engine.kv_bytes_per_token,
-            "device_cache_bytes": pager.device_bytes if pager is not None else 0,
-            "factors_bytes": sum(factor.nbytes for factor in engine.engine.runner.factors.values()),
+            "bytes": engine.bytes(),
             "reads": pager.disk.io if pager is not None else None,
             "counters": {name: counters[name] for name in counted if name in counters},
         }

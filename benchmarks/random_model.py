@@ -22,6 +22,11 @@ def shape_of(size: str, variant: str, vocab: int | None = None) -> ModelConfig:
     return replace(config, vocab_size=vocab or 4096)
 
 
+def quarter_of_ffn(base: ModelConfig) -> int:
+    """A quarter of a base model's feed-forward weights in 16 bits, bytes: the device cache that benchmarks use."""
+    return 3 * base.hidden_size * base.intermediate_size * base.num_hidden_layers * 2 // 4
+
+
 def random_transformer(config: ModelConfig, dtype: torch.dtype, device: str) -> Transformer:
     """Training form with random weights: one block of normal numbers, repeated and shifted from tensor to tensor."""
     with torch.device("meta"):

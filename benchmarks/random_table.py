@@ -16,6 +16,7 @@ import numpy as np
 import report
 from numpy.typing import NDArray
 
+from tolserve.model.config import ModelConfig
 from tolserve.tol.encoding import BF16, GROUP_SIZE, SCALE_BYTES, Encoding, Values
 from tolserve.tol.table import Bytes, Manifest, Table, describe
 from tolserve.tol.writer import TableWriter
@@ -47,6 +48,13 @@ def random_table(
         writer.abort()
         raise
     return Table.open(path)
+
+
+def table_of(folder: Path, values: Values, config: ModelConfig) -> Table:
+    """The table of this encoding in a folder of tables, for this model; written now unless it is there."""
+    encoding = Encoding(values, None if values == "bf16" else GROUP_SIZE)
+    names = {"vocab_size": config.vocab_size, "num_layers": config.num_hidden_layers}
+    return random_table(folder / values, hidden_size=config.hidden_size, encoding=encoding, **names)
 
 
 def _records(manifest: Manifest) -> Iterator[Bytes]:
