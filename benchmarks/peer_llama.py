@@ -20,6 +20,7 @@ from peer import serve
 FTYPES = {"Q8_0": lib.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_K": lib.LLAMA_FTYPE_MOSTLY_Q4_K_S}
 
 ERROR = 4  # ggml's log level
+CELLS = 256  # it rounds a sequence's keys and values up to this
 
 
 @lib.llama_log_callback
@@ -31,31 +32,39 @@ def _log(level: int, text: bytes, data: ctypes.c_void_p) -> None:
 
 class LlamaCpp:
     def __init__(self, options: dict[str, Any]) -> None:
-        """options: shape (a LLaMA's config.json), format, files (a folder), sequences, longest, threads."""
+        """options: shape (a LLaMA's config.json), format, files (a folder), room, threads, gpu_layers."""
         lib.llama_log_set(_log, None)
         path = gguf_file(Path(options["files"]), options["format"], options["shape"])
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # in memory of its own, as the others
-        params.n_gpu_layers = options.get("gpu_layers", 0)
+        params.n_gpu_layers = options["gpu_layers"]
         self._model = lib.llama_model_load_from_file(str(path).encode(), params)
-        context = lib.llama_context_default_params()
-        context.n_seq_max = options["sequences"]
-        context.n_ctx = options["sequences"] * (-(-options["longest"] // 256) * 256)  # its own granularity
-        context.n_batch = 2048
-        context.n_threads = context.n_threads_batch = options["threads"]
-        self._context = lib.llama_init_from_model(self._model, context)
-        if self._model is None or self._context is None:
+        if self._model is None:
             raise RuntimeError(f"llama.cpp could not load {path}")
-        self._memory = lib.llama_get_memory(self._context)
+        self._context: Any = None
+        self._threads, self._room = options["threads"], options["room"]
         self._positions: list[int] = []
         self._kv_bytes = 2 * 2 * options["shape"]["num_hidden_layers"] * options["shape"]["hidden_size"]
 
     def start(self, prompts: list[list[int]]) -> None:
-        lib.llama_memory_clear(self._memory, True)
+        self._open(len(prompts), max(map(len, prompts)) + self._room)
         self._positions = [len(prompt) for prompt in prompts]
         for sequence, prompt in enumerate(prompts):
             self._decode([(token, at, sequence, at == len(prompt) - 1) for at, token in enumerate(prompt)])
+
+    def _open(self, sequences: int, longest: int) -> None:
+        """A new context, which has the keys and values; milliseconds."""
+        if self._context is not None:
+            lib.llama_free(self._context)
+        params = lib.llama_context_default_params()
+        params.n_seq_max = sequences
+        params.n_ctx = sequences * -(-longest // CELLS) * CELLS
+        params.n_batch = 2048
+        params.n_threads = params.n_threads_batch = self._threads
+        self._context = lib.llama_init_from_model(self._model, params)
+        if self._context is None:
+            raise RuntimeError(f"llama.cpp has no room for {sequences} sequences of {longest} tokens")
 
     def step(self, tokens: list[int]) -> None:
         self._decode([(token, self._positions[i], i, True) for i, token in enumerate(tokens)])

@@ -16,7 +16,7 @@ class Transformers:
     def __init__(self, options: dict[str, Any]) -> None:
         """options: shape (a LLaMA's config.json), dtype, longest, threads, device."""
         torch.set_num_threads(options["threads"])
-        self._device, self._longest = options["device"], options["longest"] + 64
+        self._device, self._longest = options["device"], options["longest"]
         self._config = LlamaConfig(**options["shape"])
         self._model = random_llama(self._config, getattr(torch, options["dtype"]), self._device)
         self._forward = self._model.forward

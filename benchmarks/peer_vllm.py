@@ -19,10 +19,10 @@ GIB = 1 << 30
 
 class VLLM:
     def __init__(self, options: dict[str, Any]) -> None:
-        """options: shape (a LLaMA's config.json), dtype, sequences, longest, threads, device."""
+        """options: shape (a LLaMA's config.json), dtype, sequences, longest, most_tokens, threads."""
         shape = options["shape"]
         self._kv_bytes = 2 * 2 * shape["num_hidden_layers"] * shape["hidden_size"]  # 16 bits
-        kv = self._kv_bytes * options["sequences"] * (options["longest"] + 128)
+        kv = self._kv_bytes * (options["most_tokens"] + 128 * options["sequences"])  # 128: its block size on CPU
         os.environ |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": str(-(-kv // GIB)),
@@ -39,7 +39,7 @@ class VLLM:
                 dtype=options["dtype"],
                 skip_tokenizer_init=True,
                 enable_prefix_caching=False,
-                max_model_len=options["longest"] + 64,
+                max_model_len=options["longest"] + 1,
                 max_num_seqs=options["sequences"],
                 max_num_batched_tokens=2048,  # its API server's default on CPU
             )

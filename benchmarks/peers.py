@@ -51,9 +51,13 @@ def llama_shape(config: ModelConfig, row_block: int = 1) -> dict[str, Any]:
 def common(args: argparse.Namespace) -> dict[str, Any]:
     """What every adapter is told."""
     names = ("device", "threads", "dtype")
+    room = args.rounds * (args.steps + 1) + 1
+    shapes = [(1, FIRST_TOKEN_PROMPT), *args.shapes]
     return {name: getattr(args, name) for name in names} | {
-        "sequences": max(batch for batch, _ in args.shapes),
-        "longest": max(FIRST_TOKEN_PROMPT, *(context for _, context in args.shapes)) + args.rounds * (args.steps + 2),
+        "sequences": max(batch for batch, _ in shapes),
+        "longest": max(context for _, context in shapes) + room,
+        "most_tokens": max(batch * (context + room) for batch, context in shapes),
+        "room": room,  # for tokens that a sequence of any shape generates
     }
 
 
@@ -75,7 +79,7 @@ def llama_cpp(args: argparse.Namespace, kind: str) -> PeerProcess:
 def vllm(args: argparse.Namespace) -> PeerProcess:
     """With Intel's OpenMP where the environment has it, as vLLM recommends (1 to 6% faster)."""
     openmp = args.vllm_python.absolute().parents[1] / "lib/libiomp5.so"
-    env = {"VLLM_NO_USAGE_STATS": "1"}
+    env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     if args.device == "cpu" and openmp.exists():
         env["LD_PRELOAD"] = str(openmp)
     options = {"shape": llama_shape(args.config("base"))}
