@@ -91,11 +91,12 @@ class PeerProcess:
             env=os.environ | (env or {}),
             start_new_session=True,  # a process group of its own, to be stopped as one
         )
-        self.ready_seconds: float | None = None
 
-    def wait_ready(self, timeout: float = 900) -> None:
-        self.ready_seconds = self._read(timeout)["ready_seconds"]
+    def wait_ready(self, timeout: float = 900) -> float:
+        """Wait until it is loaded; returns its own figure of the seconds that took."""
+        seconds = self._read(timeout)["ready_seconds"]
         self._signal(signal.SIGSTOP)
+        return seconds
 
     def ask(self, do: str, timeout: float = 600, **fields: Any) -> dict[str, Any]:
         """Send one command and wait for its answer. Raises RuntimeError when the peer fails or is too slow."""

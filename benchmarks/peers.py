@@ -51,20 +51,17 @@ def llama_shape(config: ModelConfig, row_block: int = 1) -> dict[str, Any]:
 def common(args: argparse.Namespace) -> dict[str, Any]:
     """What every adapter is told."""
     names = ("device", "threads", "dtype")
-    room = args.rounds * (args.steps + 1) + 1
-    shapes = [(1, FIRST_TOKEN_PROMPT), *args.shapes]
     return {name: getattr(args, name) for name in names} | {
-        "sequences": max(batch for batch, _ in shapes),
-        "longest": max(context for _, context in shapes) + room,
-        "most_tokens": max(batch * (context + room) for batch, context in shapes),
-        "room": room,  # for tokens that a sequence of any shape generates
+        "sequences": max(batch for batch, _ in args.shapes),
+        "longest": max(context for _, context in args.shapes) + args.room,
+        "most_tokens": max(batch * (context + args.room) for batch, context in args.shapes),
+        "room": args.room,  # for tokens that a sequence of any shape generates
     }
 
 
-def ours(args: argparse.Namespace, name: str, variant: str, weights: str, **paging: Any) -> PeerProcess:
-    """Our engine in a process; `paging` is the table and the cache's bytes, for a variant with a table."""
-    options = {"config": asdict(args.config(variant)), "weights": weights, "trace": str(args.trace.absolute())}
-    paging = {key: str(value) if isinstance(value, Path) else value for key, value in paging.items()}
+def ours(args: argparse.Namespace, name: str, config: ModelConfig, weights: str, **paging: Any) -> PeerProcess:
+    """Our engine in a process; `paging` is the table and the cache's bytes, which `use` can give later, too."""
+    options = {"config": asdict(config), "weights": weights, "trace": str(args.trace.absolute())}
     options |= {"warm_lookups": args.warm_lookups} | paging
     return PeerProcess(name, Path(sys.executable), "peer_tolserve.py", common(args) | options)
 
@@ -93,15 +90,16 @@ def transformers(args: argparse.Namespace) -> PeerProcess:
 
 def groups(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
     """(name, how to start each peer); ours comes first. One peer is started at a time: loading wants the machine."""
-    paging = {"table": args.tables.absolute() / "bf16", "cache_bytes": quarter_of_ffn(args.config("base"))}
+    memory = args.config("memory")
+    paging = {"table": str(args.tables.absolute() / "bf16"), "cache_bytes": quarter_of_ffn(args.config("base"))}
     if "16bit" in args.groups:
-        start = [lambda: ours(args, "tolserve", "memory", "auto", **paging)]
+        start = [lambda: ours(args, "tolserve", memory, "auto", **paging)]
         start += [lambda: vllm(args)] if args.vllm_python else []
         start += [lambda: llama_cpp(args, "F16")] if args.llama_python else []
         start += [lambda: transformers(args)] if args.transformers_python else []
         yield "16bit", start
     if "int8" in args.groups and args.llama_python:
-        yield "int8", [lambda: ours(args, "tolserve", "memory", "int8", **paging), lambda: llama_cpp(args, "Q8_0")]
+        yield "int8", [lambda: ours(args, "tolserve", memory, "int8", **paging), lambda: llama_cpp(args, "Q8_0")]
 
 
 def measure_decode(peers: list[PeerProcess], trace: Trace, batch: int, context: int, args: Any) -> dict[str, Any]:
@@ -147,10 +145,9 @@ def measure_group(start: list[Any], trace: Trace, args: argparse.Namespace) -> d
         for make in start:
             peer = make()
             stack.callback(peer.close)
-            peer.wait_ready()
-            print(f"{peer.name}: ready after {peer.ready_seconds:.0f} s", file=sys.stderr, flush=True)
+            tell_ready(peer)
             peers.append(peer)
-        for batch, context in args.shapes:
+        for batch, context in args.shapes[1:]:
             figures = measure_decode(peers, trace, batch, context, args)
             result["decode"][f"batch {batch}, context {context}"] = figures
             tell(f"batch {batch}, context {context}", figures)
@@ -158,6 +155,11 @@ def measure_group(start: list[Any], trace: Trace, args: argparse.Namespace) -> d
         tell(f"first token of {FIRST_TOKEN_PROMPT}", result["first_token"])
         result["facts"] = {peer.name: peer.ask("facts") for peer in peers}
     return result
+
+
+def tell_ready(peer: PeerProcess) -> None:
+    seconds = peer.wait_ready()
+    print(f"{peer.name}: ready after {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def tell(what: str, figures: dict[str, Any]) -> None:
@@ -210,6 +212,8 @@ def main() -> None:
     config = args.config("memory")
     table_of(args.tables, "bf16", config)
     trace = read_trace(args.trace, config.vocab_size)
+    args.shapes.insert(0, (1, FIRST_TOKEN_PROMPT))
+    args.room = args.rounds * (args.steps + 1) + 1
     report = machine(args.device) | {"device_cache_bytes": quarter_of_ffn(args.config("base")), "groups": {}}
     for name, start in groups(args):
         report["groups"][name] = measure_group(start, trace[len(trace) // 2 :], args)
