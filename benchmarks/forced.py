@@ -77,7 +77,12 @@ class ForcedEngine:
             config, blocks=blocks, block_size=BLOCK_SIZE, max_len=each * BLOCK_SIZE, dtype=dtype, device=device
         )
         scheduler = Scheduler(
-            BlockPool(blocks, BLOCK_SIZE), max_seqs=sequences, max_tokens=chunk, max_distinct=pager and pager.slots
+            BlockPool(blocks, BLOCK_SIZE),
+            max_seqs=sequences,
+            max_tokens=chunk,
+            max_distinct=pager and pager.slots,
+            present=pager and pager.present,
+            prefix_cache=False,  # prompts come again, to be computed again
         )
         self.engine = Engine(Runner(model, kv, pager), scheduler, metrics, max_model_len=1_000_000, max_queue=sequences)
         self._running: list[str] = []
