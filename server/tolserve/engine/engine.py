@@ -248,8 +248,10 @@ class Engine:
         cursor = 0
         for chunk in chunks:
             self.scheduler.ran(chunk)
-            _count(chunk, result, lease)
-            self._score_prompt(chunk, result.hidden, cursor)
+            if lease is not None:
+                _count(chunk, result, lease)
+            if chunk.sequence.request.sampling.prompt_logprobs is not None:
+                self._score_prompt(chunk, result.hidden, cursor)
             cursor += chunk.count
             if chunk.samples:
                 ends.append((chunk.sequence, cursor - 1))
@@ -319,7 +321,7 @@ def _distinct(tokens: Iterable[int]) -> list[int]:
 
 def _prefetch(pager: Pager, tokens: list[int], room: int) -> int:
     """Prefetch the first of these records, as many as are missing and have room; returns how many were started."""
-    reachable = prefix_within(tokens, pager.present, room)
+    reachable = prefix_within(tokens, pager.present, room) if tokens else 0
     return pager.prefetch(tokens[:reachable]) if reachable else 0
 
 
@@ -333,18 +335,21 @@ def _tell(pager: Pager, chunk: Chunk) -> None:
         sequence.told = chunk.end
 
 
-def _count(chunk: Chunk, result: StepResult, lease: Lease | None) -> None:
-    if lease is None:
-        return
-    own = set(chunk.tokens)
-    chunk.sequence.lookups += len(own)
-    chunk.sequence.hits += len(own & lease.hits)
-    chunk.sequence.stall += result.stall
-    if chunk.sequence.request.sampling.token_hits:
+def _count(chunk: Chunk, result: StepResult, lease: Lease) -> None:
+    sequence, tokens = chunk.sequence, chunk.tokens
+    if len(tokens) == 1:
+        sequence.lookups += 1
+        sequence.hits += tokens[0] in lease.hits
+    else:
+        own = set(tokens)
+        sequence.lookups += len(own)
+        sequence.hits += len(own & lease.hits)
+    sequence.stall += result.stall
+    if sequence.request.sampling.token_hits:
         # A preempted sequence runs its tokens again; what counts is how each was found the first time.
-        known = chunk.sequence.token_hits
+        known = sequence.token_hits
         known += [None] * (chunk.start - len(known))
-        known += [token in lease.hits for token in chunk.tokens[len(known) - chunk.start :]]
+        known += [token in lease.hits for token in tokens[len(known) - chunk.start :]]
 
 
 def _scores(sequences: list[Sequence], logits: Tensor, chosen: Tensor) -> dict[int, TokenLogprob]:
