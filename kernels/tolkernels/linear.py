@@ -18,12 +18,15 @@ from tolkernels import linear_cpu
 from tolkernels.dispatch import use_triton
 
 Encoding = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+Layout = Literal["rows", "panels"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GROUP = 32
 # Rows that are quantised or moved into panels at once, so that loading needs little memory beside the weights: the
 # widest matrix of the paper's shapes (8,192) takes 64 MiB as float32.
 _ROWS_AT_ONCE = 2048
+# Without a kernel for them: a piece of 2,048 inputs is 2 MiB as float32, which a core's L2 cache holds.
+_ROWS_DECODED = 256
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Weight:
 
     shape: tuple[int, int]
     encoding: Encoding
-    layout: Literal["rows", "panels"]
+    layout: Layout
     data: Tensor
     scales: Tensor | None
 
@@ -57,22 +60,31 @@ def make_weight(matrix: Tensor, encoding: Encoding) -> Weight:
     Raises ValueError for an unknown encoding, an empty or odd-sized matrix (K must be even, and for "int4" a multiple
     of 32), and for values that are not finite where they are to be quantised.
     """
+    on_cpu = matrix.device.type == "cpu"
+    return hold(matrix, encoding, "panels" if on_cpu and linear_cpu.available() else "rows")
+
+
+def hold(matrix: Tensor, encoding: Encoding, layout: Layout) -> Weight:
+    """`make_weight` in a given layout."""
     _check_matrix(matrix, encoding)
     outputs, inputs = matrix.shape
-    panels = matrix.device.type == "cpu" and linear_cpu.available()
-    empty, fill = (linear_cpu.empty, linear_cpu.fill) if panels else (_empty_rows, _fill_rows)
+    empty, fill = (linear_cpu.empty, linear_cpu.fill) if layout == "panels" else (_empty_rows, _fill_rows)
     data, scales = empty(outputs, inputs, encoding, matrix.device)
     for start in range(0, outputs, _ROWS_AT_ONCE):
         values, factors = _quantise(matrix[start : start + _ROWS_AT_ONCE], encoding)
         fill(data, scales, start, values, factors, encoding)
-    return Weight((outputs, inputs), encoding, "panels" if panels else "rows", data, scales)
+    return Weight((outputs, inputs), encoding, layout, data, scales)
 
 
 def linear(x: Tensor, weight: Weight, residual: Tensor | None = None) -> Tensor:
     """x [T, K] times the weight's transpose, plus `residual` [T, N] of x's dtype if given: [T, N] of x's dtype.
 
-    On the CPU sums are float32, and a token's result depends neither on the other tokens nor on the number of threads.
-    On CUDA sums are float32 too, but int4 values times their scales are rounded to x's dtype unless T is 1.
+    The compiled CPU kernels compute in float32. With 8 and 4 bit weights they round a token's activations to 16-bit
+    integers, which moves an output by at most the token's largest magnitude / 65,534 times the row's sum of magnitudes;
+    a token with a NaN or an infinity gets NaN there. A token's result depends neither on the other tokens nor on the
+    number of threads. On CUDA sums are float32 too, but int4 values times their scales are rounded to x's dtype unless
+    T is 1.
+
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check_call(x, weight, residual)
@@ -92,8 +104,16 @@ def linear(x: Tensor, weight: Weight, residual: Tensor | None = None) -> Tensor:
 
 
 def linear_torch(x: Tensor, weight: Weight, residual: Tensor | None = None) -> Tensor:
-    """The twin: `linear` of a weight held as rows, in torch, on any device."""
-    out = F.linear(x, _decode(weight.data, weight.scales, weight.encoding).to(x.dtype))
+    """The twin: `linear` of a weight held as rows, in torch, on any device. What is not of x's dtype is decoded first.
+
+    torch's own ways to read 16 or 8 bits on the CPU were measured and not taken (benchmarks/linear.py): they round the
+    activations to 8 bits by the batch's largest, lose range, or are slower than float32.
+    """
+    if weight.data.dtype == x.dtype:
+        out = F.linear(x, weight.data)
+    else:
+        pieces = range(0, weight.shape[0], _ROWS_DECODED)
+        out = torch.cat([F.linear(x, _rows(weight, slice(n, n + _ROWS_DECODED)).to(x.dtype)) for n in pieces], dim=1)
     return out if residual is None else out + residual
 
 
@@ -104,18 +124,17 @@ def embedding_rows(ids: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """
     if ids.ndim != 1 or ids.dtype != torch.int64:
         raise ValueError(f"ids must be [T] int64, got {list(ids.shape)} {ids.dtype}")
+    # Asked on the CPU alone: a GPU would have to be waited for.
+    if not ids.is_cuda and len(ids) and not -1 < int(ids.min()) <= int(ids.max()) < weight.shape[0]:
+        raise IndexError(f"ids must lie in 0 to {weight.shape[0] - 1}")
     if weight.layout == "panels":
-        # The last panel is padded: an id in there is none.
-        if len(ids) and not -1 < int(ids.min()) <= int(ids.max()) < weight.shape[0]:
-            raise IndexError(f"ids must lie in 0 to {weight.shape[0] - 1}")
         values, scales = linear_cpu.rows(ids, weight.data, weight.scales, weight.encoding)
         return _scaled(values, scales, weight.encoding).to(dtype)
     if weight.scales is not None and use_triton(ids.device):
         from tolkernels.linear_triton import quantised_rows
 
         return quantised_rows(weight.data, weight.scales, dtype, ids)
-    scales = weight.scales.index_select(0, ids) if weight.scales is not None else None
-    return _decode(weight.data.index_select(0, ids), scales, weight.encoding).to(dtype)
+    return _rows(weight, ids).to(dtype)
 
 
 def _quantise(matrix: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor | None]:
@@ -127,7 +146,7 @@ def _quantise(matrix: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor | None
         raise ValueError(f"the matrix has values that are not finite: {encoding} cannot hold them")
     if encoding == "int8":
         scales = matrix.abs().amax(1) / 127
-        return _divided(matrix, scales.unsqueeze(1)).to(torch.int8), scales
+        return _divided(matrix, scales.unsqueeze(1)).clamp_(-127, 127).to(torch.int8), scales
     groups = matrix.unflatten(1, (-1, GROUP))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     scales = (largest / -8).to(torch.bfloat16)
@@ -173,11 +192,12 @@ def _fill_rows(
         scales[start : start + len(values)] = factors
 
 
-def _decode(data: Tensor, scales: Tensor | None, encoding: Encoding) -> Tensor:
-    """Rows of data as in `Weight`, as floats [n, K]."""
-    if encoding == "int4":
-        data = (torch.stack((data & 15, data >> 4), dim=-1).flatten(1) ^ 8).view(torch.int8) - 8
-    return _scaled(data, scales, encoding)
+def _rows(weight: Weight, which: slice | Tensor) -> Tensor:
+    """Rows of a weight held as rows: floats [n, K]."""
+    values, scales = weight.data[which], weight.scales[which] if weight.scales is not None else None
+    if weight.encoding == "int4":
+        values = (torch.stack((values & 15, values >> 4), dim=-1).flatten(1) ^ 8).view(torch.int8) - 8
+    return _scaled(values, scales, weight.encoding)
 
 
 def _check_matrix(matrix: Tensor, encoding: Encoding) -> None:
