@@ -261,6 +261,7 @@ static int set_up(Call *call, int threads) {
 int tk_linear(const uint8_t *data, const uint16_t *group_scales, const float *row_scales, const float *x,
               const float *residual, float *out, long tokens, long outputs, long inputs, int encoding, int isa,
               int threads) {
+    if (!tokens) return 0;
     const Level *level = isa >= ISA_AVX512 ? &avx512_level : &avx2_level;
     Call call = {.level = level, .x = x, .residual = residual, .out = out, .tokens = tokens, .encoding = encoding,
                  .weight = {data, group_scales, row_scales, outputs, inputs,
