@@ -14,6 +14,8 @@
 #                  the host has the driver. Empty: what pip finds by itself.
 #   APT_PACKAGES   what the base lacks. CUDA needs a C compiler, because Triton compiles a launcher at its first kernel:
 #                  "gcc libc6-dev" on python:3.11-slim, "python3-pip python3-dev gcc" on nvidia/cuda:*-ubuntu24.04.
+#   BUILD_PACKAGES a C compiler for the CPU kernels, which only the building stage gets, unless the base has one. If it
+#                  cannot be installed the image is built without these kernels: it works, and is slower on a CPU.
 #
 # What the running container writes goes below /tmp, which is its home. A table that a model lacks is built at the
 # start, below /tmp/.cache: mount a volume and name it with TOLSERVE_CACHE_DIR to keep it (/cache is there for that,
@@ -34,6 +36,11 @@ ENV PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore P
 # does, and a change of the source replaces the last layers alone.
 FROM base AS parts
 WORKDIR /src
+ARG BUILD_PACKAGES="gcc libc6-dev"
+RUN command -v cc \
+    || { apt-get update -qq \
+         && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $BUILD_PACKAGES; } \
+    || echo "no C compiler: the image will lack the CPU kernels" >&2
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['fast'], sep='\n')" \
     > requirements.txt

@@ -55,7 +55,7 @@ def podman(*argv: str) -> str:
 
 
 def copied(to: Path) -> Path:
-    for name in ("Dockerfile", ".dockerignore", "pyproject.toml", "constraints.txt", "README.md"):
+    for name in ("Dockerfile", ".dockerignore", "pyproject.toml", "setup.py", "constraints.txt", "README.md"):
         shutil.copy(ROOT / name, to / name)
     for name in ("server", "kernels"):
         shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__"))
