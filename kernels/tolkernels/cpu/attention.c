@@ -9,21 +9,6 @@ enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 INLINE long bytes_of(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-// Without the processor's own instruction, which loops of several levels cannot name. Giesen's way: the exponent is
-// moved, and what has the smallest or largest exponent is mended.
-INLINE float from_f16(uint16_t bits) {
-    const uint32_t moved = ((uint32_t)bits & 0x7fff) << 13, exponent = moved & 0x0f800000;
-    const float tiny = float_of(moved + (113u << 23)) - 0x1p-14f;
-    const uint32_t large = moved + (exponent == 0x0f800000 ? 224u << 23 : 112u << 23);
-    const uint32_t found = exponent ? large : bits_of_float(tiny);
-    return float_of(found | ((uint32_t)bits & 0x8000) << 16);
-}
-
-INLINE float value_at(const void *values, long i, int dtype) {
-    if (dtype == FLOAT32) return ((const float *)values)[i];
-    return dtype == BFLOAT16 ? from_bf16(((const Bits16 *)values)[i]) : from_f16(((const Bits16 *)values)[i]);
-}
-
 INLINE uint16_t to_bf16(float value) {
     const uint32_t bits = bits_of_float(value);
     const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
@@ -71,112 +56,95 @@ long tk_store_kv(const float *qkv, const float *cos, const float *sin, const int
 
 typedef struct {
     const float *q;
-    const void *keys, *values;
+    const char *keys, *values;
     const int32_t *tables, *lengths;
     float *out;
-    long heads, kv_heads, size, max_blocks, block_size;
+    long kv_heads, group, size, max_blocks, block_size;  // group: query heads of a kv head
     float scale;
 } Attention;
 
-// Positions between two corrections of the softmax by the largest score so far. A tile's keys and scores of a few heads
-// fit the second-level cache.
-#define TILE 64
+// Positions whose keys are read in one go, and then their values: what is read now was fetched while the other half was
+// computed with. A unit's tile of both fills 128 KiB of the second-level cache.
+enum { TILE = 64 };
 
-// e^x for x <= 0, or NaN: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], within 2 units in the last place.
-INLINE float exp_of(float x) {
-    x = x < -87 ? -87 : x;
-    const float n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;  // rounded to a whole number
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1) * float_of((uint32_t)((int32_t)n + 127) << 23);
+// Where the tile's positions from `start` on lie in the cache, in bytes; returns how many there are. The last one fills
+// the places that are left.
+INLINE long find(const Attention *a, long b, long start, long head_bytes, long *at) {
+    const long left = a->lengths[b] - start, tile = left < TILE ? (left > 0 ? left : 0) : TILE;
+    for (long j = 0; j < tile; j++) {
+        const long block = a->tables[b * a->max_blocks + (start + j) / a->block_size];
+        at[j] = (block * a->block_size + (start + j) % a->block_size) * a->kv_heads * head_bytes;
+    }
+    for (long j = tile; tile && j < TILE; j++) at[j] = at[tile - 1];
+    return tile;
 }
 
-INLINE const void *at(const void *cache, long value, int dtype) { return (const char *)cache + value * bytes_of(dtype); }
-
-// Heads [first, last) of sequence b; `size` is known to the compiler where it is worth it.
-INLINE void attend(const Attention *a, long b, long first, long last, int dtype, long size) {
-    const long group = a->heads / a->kv_heads, length = a->lengths[b], heads = last - first;
-    float q[heads][size], sums[heads][size], scores[heads][TILE], largest[heads], total[heads];
-    for (long h = 0; h < heads; h++) {
-        largest[h] = -__builtin_inff();
-        total[h] = 0;
-        for (long i = 0; i < size; i++) {
-            q[h][i] = a->q[((b * a->heads) + first + h) * size + i] * a->scale;
-            sums[h][i] = 0;
-        }
-    }
-    for (long start = 0; start < length; start += TILE) {
-        const long tile = length - start < TILE ? length - start : TILE;
-        long rows[TILE];  // the first value of each position
-        for (long j = 0; j < tile; j++) {
-            const long block = a->tables[b * a->max_blocks + (start + j) / a->block_size];
-            rows[j] = (block * a->block_size + (start + j) % a->block_size) * a->kv_heads * size;
-        }
-        for (long j = 0; j < tile; j++)
-            for (long h = 0; h < heads; h++) {
-                const void *key = at(a->keys, rows[j] + (first + h) / group * size, dtype);
-                float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                for (long i = 0; i < size; i++) dot += q[h][i] * value_at(key, i, dtype);
-                scores[h][j] = dot;
-            }
-        for (long h = 0; h < heads; h++) {
-            float most = largest[h], sum = 0;
-            for (long j = 0; j < tile; j++) most = scores[h][j] > most ? scores[h][j] : most;
-#pragma omp simd reduction(+ : sum)
-            for (long j = 0; j < tile; j++) sum += scores[h][j] = exp_of(scores[h][j] - most);
-            const float shrink = exp_of(largest[h] - most);
-            total[h] = total[h] * shrink + sum;
-            largest[h] = most;
-#pragma omp simd
-            for (long i = 0; i < size; i++) sums[h][i] *= shrink;
-        }
-        for (long j = 0; j < tile; j++)
-            for (long h = 0; h < heads; h++) {
-                const void *value = at(a->values, rows[j] + (first + h) / group * size, dtype);
-                const float share = scores[h][j];
-#pragma omp simd
-                for (long i = 0; i < size; i++) sums[h][i] += share * value_at(value, i, dtype);
-            }
-    }
-    for (long h = 0; h < heads; h++)
-        for (long i = 0; i < size; i++) a->out[(b * a->heads + first + h) * size + i] = sums[h][i] / total[h];
+INLINE void fetch(const char *from, long bytes) {
+    for (long i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
 }
 
-typedef void Attend(const Attention *, long, long, long);
+typedef float avx512_Floats __attribute__((vector_size(64)));
+typedef float avx2_Floats __attribute__((vector_size(32)));
 
-#define ONE(TARGET, name, dtype) \
-    TARGET static void name(const Attention *a, long b, long first, long last) { \
-        if (a->size == 64) \
-            attend(a, b, first, last, dtype, 64); \
-        else if (a->size == 128) \
-            attend(a, b, first, last, dtype, 128); \
-        else \
-            attend(a, b, first, last, dtype, a->size); \
+#define NAME(x) avx512_##x
+#define TARGET AVX512
+#define VL 16
+TARGET INLINE __m512 NAME(sums)(const avx512_Floats *x) {
+    __m512 eight[8], four[4], two[2];
+    for (int i = 0; i < 8; i++) {
+        const __m512 a = (__m512)x[2 * i], b = (__m512)x[2 * i + 1];
+        eight[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
-ONE(AVX2, avx2_float32, FLOAT32)
-ONE(AVX2, avx2_float16, FLOAT16)
-ONE(AVX2, avx2_bfloat16, BFLOAT16)
-ONE(AVX512, avx512_float32, FLOAT32)
-ONE(AVX512, avx512_float16, FLOAT16)
-ONE(AVX512, avx512_bfloat16, BFLOAT16)
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(eight[2 * i]), b = _mm512_castps_pd(eight[2 * i + 1]);
+        four[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        four[i] = _mm512_add_ps(four[i], _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; i++)
+        two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x88),
+                               _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
+}
+TARGET INLINE __m512 NAME(whole)(const char *from, int dtype) {
+    if (dtype == FLOAT32) return _mm512_loadu_ps(from);
+    const __m256i half = _mm256_loadu_si256((const __m256i *)from);
+    if (dtype == FLOAT16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+#include "attention_level.h"
 
-// Heads that a thread takes at a time: enough for long runs of bytes, few enough to share a sequence among threads.
-#define UNIT 8
+#define NAME(x) avx2_##x
+#define TARGET AVX2
+#define VL 8
+TARGET INLINE __m256 NAME(sums)(const avx2_Floats *x) {
+    __m256 two[2];
+    for (int i = 0; i < 2; i++)
+        two[i] = _mm256_hadd_ps(_mm256_hadd_ps((__m256)x[4 * i], (__m256)x[4 * i + 1]),
+                                _mm256_hadd_ps((__m256)x[4 * i + 2], (__m256)x[4 * i + 3]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(two[0], two[1], 0x20), _mm256_permute2f128_ps(two[0], two[1], 0x31));
+}
+TARGET INLINE __m256 NAME(whole)(const char *from, int dtype) {
+    if (dtype == FLOAT32) return _mm256_loadu_ps((const float *)from);
+    const __m128i half = _mm_loadu_si128((const __m128i *)from);
+    if (dtype == FLOAT16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+#include "attention_level.h"
+
+// Bytes of one position's keys that a unit of work has, in whole heads: a run long enough for the memory, and units
+// enough for the threads.
+#define UNIT_BYTES 1024
 // Waking the threads costs as much as reading this many bytes of keys and values.
 #define PARALLEL_BYTES (64 * 1024)
+
+typedef void Attend(const Attention *, long, long, long);
 
 // Returns -1, or the first sequence whose length or block is out of range; then nothing is written.
 long tk_decode_attention(const float *q, const void *keys, const void *values, const int32_t *tables,
                          const int32_t *lengths, float *out, long batch, long heads, long kv_heads, long size,
                          long blocks, long max_blocks, long block_size, float scale, int dtype, int level, int threads) {
-    const Attention a = {q,     keys,     values, tables,     lengths,    out,
-                         heads, kv_heads, size,   max_blocks, block_size, scale};
+    const Attention a = {q,        keys,           values, tables,     lengths,    out,
+                         kv_heads, heads / kv_heads, size,   max_blocks, block_size, scale};
     long positions = 0;
     for (long b = 0; b < batch; b++) {
         if (lengths[b] < 1 || lengths[b] > max_blocks * block_size) return b;
@@ -184,14 +152,17 @@ long tk_decode_attention(const float *q, const void *keys, const void *values, c
             if (tables[b * max_blocks + i] < 0 || tables[b * max_blocks + i] >= blocks) return b;
         positions += lengths[b];
     }
-    static Attend *const functions[2][3] = {{avx2_float32, avx2_float16, avx2_bfloat16},
-                                            {avx512_float32, avx512_float16, avx512_bfloat16}};
-    Attend *const function = functions[level == ISA_AVX512][dtype];
-    const long units = (heads + UNIT - 1) / UNIT, bytes = positions * kv_heads * size * 2 * bytes_of(dtype);
+    static Attend *const functions[2][3] = {
+        {avx2_attend_FLOAT32, avx2_attend_FLOAT16, avx2_attend_BFLOAT16},
+        {avx512_attend_FLOAT32, avx512_attend_FLOAT16, avx512_attend_BFLOAT16},
+    };
+    Attend *const attend = functions[level == ISA_AVX512][dtype];
+    const long head_bytes = size * bytes_of(dtype), bytes = positions * kv_heads * head_bytes * 2;
+    const long unit = head_bytes < UNIT_BYTES ? UNIT_BYTES / head_bytes : 1, units = (kv_heads + unit - 1) / unit;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && bytes > PARALLEL_BYTES)
-    for (long unit = 0; unit < batch * units; unit++) {
-        const long first = unit % units * UNIT;
-        function(&a, unit / units, first, first + UNIT < heads ? first + UNIT : heads);
+    for (long i = 0; i < batch * units; i++) {
+        const long first = i % units * unit, last = first + unit < kv_heads ? first + unit : kv_heads;
+        attend(&a, i / units, first, last);
     }
     return -1;
 }
