@@ -19,9 +19,12 @@ MAX_TOKENS = 64
 # For one token: outputs and inputs that a program takes at once, 4 KiB of int8. The smallest matrix of the 1B shape
 # (2,048 x 2,048) is then 512 programs, four on each of an H100's 132 multiprocessors.
 VECTOR_ROWS, VECTOR_SPAN = 4, 1024
-# For several: inputs at once, and outputs. With 16 the smallest matrix is 128 programs; matrices above WIDE outputs
-# have programs enough with 64, which read the tokens less often. All of these by reasoning, not yet by measurement.
-MATRIX_SPAN, MATRIX_ROWS, WIDE_ROWS, WIDE = 128, 16, 64, 16_384
+# For several: (outputs, inputs, stages of the pipeline) of a program. With 16 outputs that matrix is 128 programs, and
+# one on each multiprocessor then keeps 12 KiB of weights in flight. Matrices above WIDE outputs have programs enough
+# with 64, which read the tokens less often. All of these by reasoning and by what compiles without spilling
+# (benchmarks/compile_kernels.py), not yet by measurement.
+NARROW, NARROW_MANY, WIDE = (16, 256, 4), (16, 128, 3), (64, 128, 3)
+WIDE_OUTPUTS = 16_384
 # Decoded rows at once: they stay in the second-level cache of large GPUs between being written and being read.
 PIECE_BYTES = 32 << 20
 
@@ -94,7 +97,7 @@ def _matrix_kernel(
 
 
 @triton.jit
-def _rows_kernel(
+def _decode_rows_kernel(
     ids, values, scales, out, outputs, inputs,  # ids [n], or unused unless `pick`: then rows 0 .. n of values
     bits: tl.constexpr, group: tl.constexpr, pick: tl.constexpr, span: tl.constexpr,
 ):  # fmt: skip
@@ -134,19 +137,20 @@ def vector_linear(x: Tensor, values: Tensor, scales: Tensor | None, residual: Te
 def quantised_linear(x: Tensor, values: Tensor, scales: Tensor, residual: Tensor | None) -> Tensor:
     """x [T, K] times the weight's transpose, plus residual [T, N] of x's dtype: [T, N] of x's dtype; sums in float32.
 
-    Which kernel runs follows from T alone, so a CUDA graph of a batch size always holds the same.
+    Which kernel runs follows from T and the GPU, so a CUDA graph of a batch size always holds the same.
     """
     _check(x, residual)
     tokens, outputs, inputs = len(x), len(values), x.shape[1]
     if tokens == 1:
         return vector_linear(x, values, scales, residual)
-    if tokens > MAX_TOKENS:
+    if tokens > MAX_TOKENS or not _has_matrix_units(x.device):
         return _through_torch(x, values, scales, residual)
     out = x.new_empty((tokens, outputs))
     if not tokens:
         return out
     added = out if residual is None else residual
-    rows = WIDE_ROWS if outputs >= WIDE else MATRIX_ROWS
+    block = max(16, triton.next_power_of_2(tokens))
+    rows, span, stages = WIDE if outputs >= WIDE_OUTPUTS else NARROW if block == 16 else NARROW_MANY
     _matrix_kernel[(triton.cdiv(outputs, rows),)](
         x,
         values,
@@ -161,10 +165,10 @@ def quantised_linear(x: Tensor, values: Tensor, scales: Tensor, residual: Tensor
         bits=_bits(values),
         group=GROUP,
         add=residual is not None,
-        block=max(16, triton.next_power_of_2(tokens)),
+        block=block,
         rows=rows,
-        span=MATRIX_SPAN,
-        num_stages=3,
+        span=span,
+        num_stages=stages,
     )
     return out
 
@@ -176,7 +180,7 @@ def quantised_rows(values: Tensor, scales: Tensor, dtype: torch.dtype, ids: Tens
     count = len(values) if ids is None else len(ids)
     out = torch.empty((count, inputs), dtype=dtype, device=values.device)
     if count:
-        _rows_kernel[(count, triton.cdiv(inputs, VECTOR_SPAN))](
+        _decode_rows_kernel[(count, triton.cdiv(inputs, VECTOR_SPAN))](
             values if ids is None else ids.contiguous(),
             values,
             scales,
@@ -203,6 +207,11 @@ def _through_torch(x: Tensor, values: Tensor, scales: Tensor, residual: Tensor |
         else:
             torch.addmm(residual[:, piece], x, weight, out=out[:, piece])
     return out
+
+
+def _has_matrix_units(device: torch.device) -> bool:
+    """Whether Triton's products of tiles run on them: it knows those of compute capability 8.0 and later."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _check(x: Tensor, residual: Tensor | None) -> None:
