@@ -96,11 +96,11 @@ def launches(case: str, call: Callable[[], object]) -> list[Launch]:
         made.append(launch_of(case, self, positional, named))
 
     original = JITFunction.run
-    JITFunction.run = note  # type: ignore[method-assign,assignment]
+    JITFunction.run = note
     try:
         call()
     finally:
-        JITFunction.run = original  # type: ignore[method-assign]
+        JITFunction.run = original
     return made
 
 
@@ -139,7 +139,7 @@ def add_rows(dtype: torch.dtype, values: str, rank: int | None) -> None:
     slots, weight = torch.zeros(4, dtype=torch.int64), torch.ones(HIDDEN)
     factor = torch.zeros(rank, HIDDEN, dtype=dtype) if rank else None
     layout = {"offset": 0, "values": values, "group_size": group_size, "factor": factor}
-    gather_triton.add_rows_triton(data, slots, stream, weight, 1e-5, host=data.clone(), **layout)  # type: ignore[arg-type]
+    gather_triton.add_rows_triton(data, slots, stream, weight, 1e-5, host=data.clone(), **layout)
 
 
 def store_kv(dtype: torch.dtype) -> None:
