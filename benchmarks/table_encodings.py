@@ -24,7 +24,7 @@ from report import machine, write
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tolkernels import gather_rows
+from tolkernels import add_rows
 from tolserve.model.build import BuildOptions, build_table
 from tolserve.model.checkpoint import load_transformer
 from tolserve.model.transformer import Transformer
@@ -71,7 +71,8 @@ class Rows:
         group, row = self.manifest.row_layout(layer)
         offset = self.manifest.groups[group].offset + row.offset
         how = {"offset": offset, "values": row.values, "group_size": row.group_size}
-        return gather_rows(self.data, tokens, x, **how, factor=self.factors.get(layer))
+        ones = torch.ones(x.shape[1])  # the norm that comes with it is not asked for
+        return add_rows(self.data, tokens, x, ones, 1e-5, **how, factor=self.factors.get(layer))[0]
 
     def live_rows(self, tokens: Tensor, alpha: float = 1.0) -> Callable[[int, Tensor], Tensor]:
         """In place of Transformer.live_rows."""

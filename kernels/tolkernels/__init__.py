@@ -5,7 +5,7 @@ on the CPU where it was built, and the twin everywhere else.
 """
 
 from tolkernels.attention import decode_attention, store_kv
-from tolkernels.gather import add_rows, gather_rows, lookup_slots, rms_norm
+from tolkernels.gather import add_rows, lookup_slots, rms_norm
 from tolkernels.linear import Encoding, Weight, embedding_rows, fast_on_cpu, linear, make_weight
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "decode_attention",
     "embedding_rows",
     "fast_on_cpu",
-    "gather_rows",
     "linear",
     "lookup_slots",
     "make_weight",

@@ -147,24 +147,6 @@ def lookup_slots_torch(tokens: Tensor, slot_map: Tensor, host_map: Tensor | None
     return slots.masked_fill(missed, 0), missed
 
 
-def gather_rows(
-    data: Tensor,
-    slots: Tensor,
-    residual: Tensor,
-    *,
-    offset: int,
-    values: str,
-    group_size: int | None,
-    factor: Tensor | None = None,
-) -> Tensor:
-    """`add_rows` without the norm, in torch; for callers that have not moved over."""
-    _check(data, slots, residual, factor)
-    width = residual.shape[1] if factor is None else factor.shape[0]
-    _check_layout(data, width, offset, values, group_size)
-    rows = _rows(data[:, offset:], slots, width, values, group_size).to(residual.dtype)
-    return residual + rows if factor is None else torch.addmm(residual, rows, factor)
-
-
 def _rows(data: Tensor, slots: Tensor, width: int, values: str, group_size: int | None) -> Tensor:
     """Rows at the start of data [slots, ...], decoded: [T, width] bfloat16, or float32 where there are scales."""
     end = width * BITS[values] // 8

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.closeness import DTYPES, ROUNDING, check
+from closeness import DTYPES, ROUNDING, check
 from tolkernels import decode_attention, store_kv
+from tolkernels.attention import decode_attention_torch, store_kv_torch
 
 CPU = torch.device("cpu")
 
@@ -95,7 +96,7 @@ def test_decoding_attends_over_a_sequences_own_blocks(
 
     torch.manual_seed(seed)
     cache = make_cache(lengths, shape.block_size, spare, shape.kv_heads, shape.size, dtypes[1])
-    check_attention(cache, shape.group, dtypes[0], decode_attention, CPU)
+    check_attention(cache, shape.group, dtypes[0], decode_attention_torch, CPU)
     check_attention(cache, shape.group, dtypes[0], decode_attention_triton, device)
 
 
@@ -122,7 +123,7 @@ def test_a_sharp_score_far_from_the_others_wins(device: torch.device) -> None:
     q = torch.full((1, 1, 32), 50.0, device=device)
     tables = torch.arange(10, dtype=torch.int32, device=device)[None]
     lengths = torch.tensor([160], dtype=torch.int32, device=device)
-    for attend in (decode_attention, decode_attention_triton):
+    for attend in (decode_attention_torch, decode_attention_triton):
         assert torch.equal(attend(q, keys, values, tables, lengths)[0, 0], values[2, 5, 0])
 
 
@@ -161,7 +162,7 @@ def test_keys_and_values_are_stored_where_they_belong(
     cos, sin = angles.cos(), angles.sin()
     blocks = 2 + tokens // shape.block_size
     places = torch.randperm(blocks * shape.block_size)[:tokens]
-    for store, where in ((store_kv, CPU), (store_kv_triton, device)):
+    for store, where in ((store_kv_torch, CPU), (store_kv_triton, device)):
         before = torch.randn(2, blocks, shape.block_size, kv_heads, size).to(dtypes[1]).to(where)
         keys, values = before.clone()
         q = store(*(t.to(where) for t in (qkv, cos, sin, places)), keys, values)

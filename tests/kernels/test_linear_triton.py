@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.closeness import DTYPES, check
+from closeness import DTYPES, check
 
 GROUP = 32
 

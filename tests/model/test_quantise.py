@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tol.reference import decode, encode, scale_of
-from tolkernels import gather_rows
+from tolkernels import add_rows
 from tolserve.model.checkpoint import CheckpointError
 from tolserve.model.quantise import encode_rows
 from tolserve.tol.encoding import Encoding, Values
@@ -32,7 +32,8 @@ def test_bytes_are_those_of_the_reference_both_ways(
     assert encoded.shape == (2, encoding.row_bytes(32))
     arena = torch.cat((torch.zeros(2, 6, dtype=torch.uint8), encoded), 1)
     stream = torch.zeros(3, 32)
-    found = gather_rows(arena, torch.tensor([1, 0, 1]), stream, offset=6, values=values, group_size=group_size)
+    slots, layout = torch.tensor([1, 0, 1]), {"offset": 6, "values": values, "group_size": group_size}
+    found, _ = add_rows(arena, slots, stream, torch.ones(32), 1e-5, **layout)
     for index in range(2):
         data = encode(rows[index], values, group_size)
         assert encoded[index].numpy().tobytes() == data
