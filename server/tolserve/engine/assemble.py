@@ -3,14 +3,18 @@
 import fcntl
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from tolserve.engine.ahead import LookaheadEngine
 from tolserve.engine.blocks import BlockPool
 from tolserve.engine.config import EngineSettings
 from tolserve.engine.engine import Engine
+from tolserve.engine.graphs import Decoder
 from tolserve.engine.kv import KVCache
 from tolserve.engine.runner import Runner
 from tolserve.engine.scheduler import Scheduler
@@ -48,8 +52,9 @@ class SettingsError(ValueError):
     """Settings that do not fit this model or machine; the message names the option and says what to do."""
 
 
-def assemble(settings: EngineSettings) -> Engine:
-    """Load everything a server needs.
+def assemble(settings: EngineSettings, ahead: bool | None = None) -> Engine:
+    """Load everything a server needs. `ahead`: launch steps ahead of the host's knowledge, which is done on CUDA unless
+    told otherwise. The CPU computes nothing meanwhile, so there it only costs the void steps.
 
     Raises ConfigError, CheckpointError, TableError or SettingsError with one clear line.
     """
@@ -64,9 +69,11 @@ def assemble(settings: EngineSettings) -> Engine:
     blocks = kv_blocks(settings, config, dtype, max_len)
     recorder = _recorder(settings, config)
     model = ServingModel.load(model_dir, dtype=dtype, weights=settings.weights, device=device)
-    kv = KVCache(config, blocks=blocks, block_size=BLOCK_SIZE, max_len=max_len, dtype=dtype, device=device)
+    ahead = device == "cuda" if ahead is None else ahead
+    # One block more: what pads a step of a graph writes there.
+    kv = KVCache(config, blocks=blocks + ahead, block_size=BLOCK_SIZE, max_len=max_len, dtype=dtype, device=device)
     # Last: a table in shared memory is there for others too, and must not stay behind when something else fails.
-    pager = _pager(settings, table, device, metrics) if table is not None else None
+    pager = _pager(settings, table, device, metrics, ahead) if table is not None else None
     scheduler = Scheduler(
         BlockPool(blocks, BLOCK_SIZE),
         max_seqs=settings.max_num_seqs,
@@ -76,8 +83,12 @@ def assemble(settings: EngineSettings) -> Engine:
         max_fills=_MAX_FILLS[device],
         prefix_cache=settings.prefix_cache,
     )
-    return Engine(
-        Runner(model, kv, pager),
+    runner = Runner(model, kv, pager)
+    make: Callable[..., Engine] = Engine
+    if ahead:
+        make = partial(LookaheadEngine, decoder=Decoder(runner, max_rows=settings.max_num_seqs, spare=blocks))
+    return make(
+        runner,
         scheduler,
         metrics,
         max_model_len=max_len,
@@ -138,7 +149,7 @@ def _table(settings: EngineSettings, model_dir: Path, config: ModelConfig) -> Ta
     return None
 
 
-def _pager(settings: EngineSettings, table: Table, device: str, metrics: Metrics) -> Pager:
+def _pager(settings: EngineSettings, table: Table, device: str, metrics: Metrics, mapped: bool) -> Pager:
     manifest = table.manifest
     device_slots = parse_cache_size(settings.device_cache, manifest.record_bytes, manifest.vocab_size)
     if device_slots < 1:
@@ -156,6 +167,7 @@ def _pager(settings: EngineSettings, table: Table, device: str, metrics: Metrics
         frequent=frequent,
         io=settings.tol_io,
         read_depth=settings.tol_read_depth,
+        mapped=mapped,
         metrics=metrics,
     )
     log.info("table %s: room for %d of %d records in the device tier", table.path, pager.slots, manifest.vocab_size)

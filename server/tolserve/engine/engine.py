@@ -165,17 +165,22 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run one step of whatever the scheduler chooses."""
+        chunks = self._choose_chunks()
+        return self.run(chunks) if chunks else []
+
+    def _choose_chunks(self) -> list[Chunk]:
         sitting_out = self._sit_out.choose(self.scheduler.running) if self._sit_out is not None else set()
         chunks = self.scheduler.schedule(sitting_out)
         self.metrics.sat_out.add(len(sitting_out))
-        return self.run(chunks) if chunks else []
-
-    def run(self, chunks: list[Chunk]) -> list[Output]:
-        """Run the given chunks as one step; the outputs of a step depend on them and the state before, nothing else."""
         now = time.monotonic()
         for chunk in chunks:
             if chunk.sequence.started is None:
                 self.metrics.started(chunk.sequence, now)
+        return chunks
+
+    def run(self, chunks: list[Chunk]) -> list[Output]:
+        """Run the given chunks as one step; the outputs of a step depend on them and the state before, nothing else."""
+        now = time.monotonic()
         lease = self._acquire(chunks)
         try:
             result = self._compute(chunks, lease)
@@ -195,16 +200,21 @@ class Engine:
         try:
             return self.runner.run(chunks, lease)
         finally:
-            if self.pager is not None:
-                for chunk in chunks:
-                    _tell(self.pager, chunk)
+            self._tell(chunks)
 
-    def _acquire(self, chunks: list[Chunk]) -> Lease | None:
-        """Pin the step's records, then let the reads for coming steps run while this one computes."""
+    def _tell(self, chunks: list[Chunk]) -> None:
+        if self.pager is not None:
+            for chunk in chunks:
+                _tell(self.pager, chunk)
+
+    def _acquire(self, chunks: list[Chunk], launched: bool = False) -> Lease | None:
+        """Pin the step's records, then let the reads for coming steps run while this one computes; it may have been
+        `launched` already."""
         if self.pager is None:
             return None
         tokens = [token for chunk in chunks for token in chunk.tokens]
-        lease = self.pager.acquire(_distinct(tokens))  # first, since its reads are what the step may wait for
+        claim = self.pager.settle if launched else self.pager.acquire
+        lease = claim(_distinct(tokens))  # first, since its reads are what the step may wait for
         if self.recorder is not None:
             self.recorder.runs(tokens)
         self._read_ahead(self.pager, chunks)
@@ -249,7 +259,7 @@ class Engine:
         for chunk in chunks:
             self.scheduler.ran(chunk)
             if lease is not None:
-                _count(chunk, result, lease)
+                _count(chunk, result.stall, lease)
             if chunk.sequence.request.sampling.prompt_logprobs is not None:
                 self._score_prompt(chunk, result.hidden, cursor)
             cursor += chunk.count
@@ -261,11 +271,14 @@ class Engine:
         logits = self.runner.logits(hidden)
         sequences = [sequence for sequence, _ in ends]
         chosen = choose(logits, [s.request.sampling for s in sequences], [len(s.tokens) for s in sequences])
-        scores = _scores(sequences, logits, chosen)
+        return self._report(sequences, chosen.tolist(), _scores(sequences, logits, chosen))
+
+    def _report(self, sequences: list[Sequence], tokens: list[int], scores: dict[int, TokenLogprob]) -> list[Output]:
+        """Give sequences the tokens that were chosen for them; `scores` are by index."""
         now = time.monotonic()
         return [
-            self._extend(sequence, token, scores.get(row), now)
-            for row, (sequence, token) in enumerate(zip(sequences, chosen.tolist(), strict=True))
+            self._extend(sequence, token, scores.get(index), now)
+            for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
         ]
 
     def _score_prompt(self, chunk: Chunk, hidden: Tensor, cursor: int) -> None:
@@ -310,8 +323,12 @@ class Engine:
                 last == self.runner.model.config.eos_token_id and not params.ignore_eos
             ):
                 return "stop"
-        full = sequence.generated >= params.max_tokens or len(sequence.tokens) >= self.max_model_len
-        return "length" if full else None
+        return "length" if self._is_full(sequence, 0) else None
+
+    def _is_full(self, sequence: Sequence, coming: int) -> bool:
+        """Whether nothing may follow once so many tokens have come."""
+        limit = sequence.generated + coming >= sequence.request.sampling.max_tokens
+        return limit or len(sequence.tokens) + coming >= self.max_model_len
 
 
 def _distinct(tokens: Iterable[int]) -> list[int]:
@@ -335,7 +352,7 @@ def _tell(pager: Pager, chunk: Chunk) -> None:
         sequence.told = chunk.end
 
 
-def _count(chunk: Chunk, result: StepResult, lease: Lease) -> None:
+def _count(chunk: Chunk, stall: float, lease: Lease) -> None:
     sequence, tokens = chunk.sequence, chunk.tokens
     if len(tokens) == 1:
         sequence.lookups += 1
@@ -344,7 +361,7 @@ def _count(chunk: Chunk, result: StepResult, lease: Lease) -> None:
         own = set(tokens)
         sequence.lookups += len(own)
         sequence.hits += len(own & lease.hits)
-    sequence.stall += result.stall
+    sequence.stall += stall
     if sequence.request.sampling.token_hits:
         # A preempted sequence runs its tokens again; what counts is how each was found the first time.
         known = sequence.token_hits

@@ -68,13 +68,15 @@ class Runner:
 
 
 class TableRows:
-    """An `AddRow` over the device tier: `slots` has for each of its parts a tensor [T] int64 on the device."""
+    """An `AddRow` over the device tier: `slots` has for each of its parts a tensor [T] int64 on the device. Slots below
+    0 are records in `host` uint8 [records, record_bytes], as add_rows says."""
 
-    def __init__(self, runner: "Runner", slots: list[Tensor]) -> None:
+    def __init__(self, runner: "Runner", slots: list[Tensor], host: Tensor | None = None) -> None:
         if runner.pager is None:
             raise RuntimeError("rows without a pager")
         self._parts, self._part_of, self._slots = runner.pager.parts, runner.pager.part_of, slots
         self._manifest, self._factors = runner.pager.table.manifest, runner.factors
+        self._host = host
         self._eps = runner.model.config.rms_norm_eps
 
     def part_of(self, layer: int) -> int | None:
@@ -99,6 +101,7 @@ class TableRows:
             values=row.values,
             group_size=row.group_size,
             factor=self._factors.get(layer),
+            host=self._host[:, part.offset :] if self._host is not None else None,
         )
 
 

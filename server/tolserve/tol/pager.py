@@ -16,6 +16,7 @@ from tolserve.tol.disk import READ_DEPTH
 from tolserve.tol.fills import Fills
 from tolserve.tol.lease import Lease, RecordsUnavailable
 from tolserve.tol.part import Cause, Part
+from tolserve.tol.slotmap import Maps
 from tolserve.tol.table import Table, TableError
 from tolserve.tol.tiers import TierOptions, Tiers
 from tolserve.tol.view import EVICTIONS_KEPT, DeviceView, RecordState, Resident
@@ -141,30 +142,33 @@ class Pager:
             raise
         return lease
 
-    def launch_blind(self) -> None:
-        """A step is about to be launched whose tokens the host does not know: it finds its records through the maps, as
-        they are after `publish`. Until `settle` nothing may change in the tiers."""
-        self.publish()
-        if self.maps is not None:
-            self.maps.blind = True
-
     def publish(self, wait: bool = False) -> None:
         """Bring the device's maps up to date; with `wait` the current stream waits for copies that still run."""
+        self._land(block=False)
+        self._mapped().publish(wait)
+
+    def reach(self, token: int) -> bool:
+        """Whether a step that is launched between the last `publish` and the next finds the record."""
+        return self._mapped().reach(token)
+
+    def launch_blind(self) -> None:
+        """A step is launched now whose tokens the host does not know: until `settle` nothing changes in the tiers."""
+        self._mapped().blind = True
+
+    def _mapped(self) -> Maps:
         if self.maps is None:
             raise RuntimeError("this pager keeps no maps on the device")
-        self._land(block=False)
-        self.maps.publish(wait)
+        return self.maps
 
     def settle(self, tokens: Sequence[int]) -> Lease:
-        """`acquire` for the step that was launched blind, now that its tokens are known. What `maps.reach` says is
-        still what the step saw.
+        """`acquire` for the step that was launched blind, now that its tokens are known. Ask `reach` before it:
+        that is what the step saw.
 
         A record that it reads in host memory stays there until the release, which copies it up: a miss without a stall.
         """
-        if self.maps is None:
-            raise RuntimeError("this pager keeps no maps on the device")
-        self.maps.blind = False
-        in_place = [token for token in self._distinct(tokens) if self.maps.in_place(token)]
+        maps = self._mapped()
+        maps.blind = False
+        in_place = [token for token in self._distinct(tokens) if maps.in_place(token)]
         for token in in_place:
             self.host.lend(token)
         try:

@@ -1,0 +1,243 @@
+"""An engine that launches a decode step before it knows the tokens of the one that runs: the device never waits.
+
+While step n runs, step n+1 is launched with n's tokens taken from device memory. Its rows are found by the device: in
+the arena, or in host memory, where they are read in place. When n's tokens reach the host they are looked up, pinned
+and counted after the fact: between launch and `settle` nothing changes in the tiers, so the host's maps say what the
+step saw. A sequence whose record was nowhere is void in that step: what it computed is thrown away, and it runs again
+once its record has come. The others do not wait for it.
+
+All steps run on one stream, in order. So what a void or finished sequence writes into its KV blocks is overwritten, or
+never read, by whoever has the blocks after it: they may be freed while the step still runs.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tolserve.engine.engine import Engine, Output, _count, _scores
+from tolserve.engine.graphs import Decoder, Launch, Row
+from tolserve.engine.request import Failure, Request
+from tolserve.engine.sequence import Chunk, Sequence
+from tolserve.tol.lease import Lease
+from tolserve.tol.pager import RecordsUnavailable
+from tolserve.tol.view import CacheSizes
+
+# Steps ahead before waiting sequences are tried again that found no room beside those that decode. Trying costs the
+# device a wait of about 0.2 ms for the host; room comes when a sequence ends, which is noticed at once.
+_RETRY = 16
+
+
+@dataclass(eq=False)
+class Flight:
+    """A decode step on its way. Its rows' tokens and leases are known once it is settled."""
+
+    rows: list[Row]
+    launch: Launch
+    launched: float
+    absent: list[Sequence] = field(default_factory=list)  # not in it: their records are to be asked for
+    stall: float = 0.0
+
+    def leases(self) -> set[Lease]:
+        return {row.lease for row in self.rows if row.lease is not None}
+
+
+class LookaheadEngine(Engine):
+    """`Engine`, one decode step ahead of the host's knowledge. Steps with prompts run as they do there, alone."""
+
+    def __init__(self, *args: Any, decoder: Decoder, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.decoder = decoder
+        self._flight: Flight | None = None
+        self._late: dict[str, Lease] = {}  # of sequences that wait for their record, by request id
+        self._kept: list[Output] = []  # of a step that was cut short by a change
+        self._refused = 0  # steps for which nobody who waits need be tried again
+        self._landed = 0.0  # when a step was last read
+
+    @property
+    def busy(self) -> bool:
+        return super().busy or self._flight is not None or bool(self._kept)
+
+    def add(self, request: Request) -> Failure | None:
+        self._refused = 0
+        return super().add(request)
+
+    def abort(self, request_id: str) -> None:
+        self._refused = 0
+        super().abort(request_id)
+        if (lease := self._late.pop(request_id, None)) is not None:
+            self._let_go([lease])
+
+    def step(self) -> list[Output]:
+        """Launch a step, and give the outputs of the one before it."""
+        outputs, self._kept = self._kept, []
+        flight = self._flight
+        if flight is None:
+            return outputs + self._begin()
+        following = self._follow(flight)
+        outputs += self._land(flight)
+        self._flight = following
+        if following is not None:
+            self._settle(following)
+        self._let_go(flight.leases())
+        return outputs
+
+    def _begin(self) -> list[Output]:
+        """A step whose tokens are known, with nothing on its way."""
+        self._forget_late()
+        chunks = self._choose_chunks()
+        if not all(chunk.count == 1 and chunk.samples for chunk in chunks):
+            return self.run(chunks)
+        self._refused = _RETRY
+        return self._start(chunks) if chunks else []
+
+    def _start(self, chunks: list[Chunk]) -> list[Output]:
+        """Launch a step of decodes whose tokens are known, when their records are there."""
+        lease = self._acquire(chunks)
+        stall = 0.0
+        try:
+            if lease is not None and self.pager is not None:
+                stall = lease.wait()
+                self.pager.publish(wait=True)
+        except RecordsUnavailable as error:
+            failures = self._fail(chunks, error)
+            self._let_go([lease] if lease is not None else [])
+            return failures
+        rows = [Row(chunk.sequence, chunk.start, chunk.tokens[0], lease=lease) for chunk in chunks]
+        self._flight = Flight(rows, self.decoder.launch(rows), time.monotonic(), stall=stall)
+        self._tell(chunks)
+        return []
+
+    def _follow(self, flight: Flight) -> Flight | None:
+        """Launch the step after `flight`; None where the host must see its outputs first."""
+        scheduler, pager = self.scheduler, self.pager
+        seats = len(scheduler.running) < scheduler.max_seqs
+        if scheduler.waiting and seats and not self._refused:
+            return None
+        if _scored(row.sequence for row in flight.rows):
+            return None  # they are computed of logits that the next step overwrites
+        if pager is not None:
+            pager.publish()
+        found = self._next_rows(flight)
+        if found is None or not found[0] or len(found[0]) > min(self.decoder.max_rows, scheduler.max_tokens):
+            return None
+        rows, absent = found
+        if pager is not None:
+            if pager.pinned + len(rows) + len(absent) > pager.slots:
+                return None
+            pager.launch_blind()
+        self._refused = max(0, self._refused - 1)
+        for row in rows:
+            self._late.pop(row.sequence.request_id, None)
+        return Flight(rows, self.decoder.launch(rows), time.monotonic(), absent)
+
+    def _next_rows(self, flight: Flight) -> tuple[list[Row], list[Sequence]] | None:
+        """Who runs after `flight`, and whose records must be asked for first; None where a step must be put together
+        anew: for a prompt, for want of KV blocks, for a record that cannot be read."""
+        index_of = {id(row.sequence): index for index, row in enumerate(flight.rows) if not row.void}
+        rows: list[Row] = []
+        absent: list[Sequence] = []
+        for sequence in self.scheduler.running:
+            if (index := index_of.get(id(sequence))) is not None:
+                if self._is_full(sequence, 1):
+                    continue
+                row = Row(sequence, sequence.computed + 1, source=index)
+            elif sequence.pending > 1:
+                return None
+            else:
+                token, lease = sequence.tokens[-1], self._late.get(sequence.request_id)
+                if lease is not None and token in lease.lost:
+                    return None
+                if self.pager is not None and not self.pager.reach(token):
+                    absent += [sequence] if lease is None else []
+                    continue
+                row = Row(sequence, sequence.computed, token, lease=lease)
+            if not self.scheduler.pool.grow(sequence.blocks, row.position + 1):
+                return None
+            rows.append(row)
+        return rows, absent
+
+    def _settle(self, flight: Flight) -> None:
+        """The tokens of a step that runs are known now: claim their records, and see which it found."""
+        if self.pager is None:
+            return
+        fresh = [row for row in flight.rows if row.lease is None and self._alive(row.sequence)]
+        absent = [sequence for sequence in flight.absent if self._alive(sequence)]
+        for row in fresh:
+            row.void = not self.pager.reach(row.sequence.tokens[row.position])
+        chunks = [Chunk(row.sequence, row.position, 1) for row in fresh]
+        chunks += [Chunk(sequence, sequence.computed, 1) for sequence in absent]
+        lease = self._acquire(chunks, launched=True)
+        for row in fresh:
+            row.lease = lease
+        late = absent + [row.sequence for row in fresh if row.void]
+        if lease is not None:
+            self._late |= {sequence.request_id: lease for sequence in late}
+            self._let_go([lease])  # if nobody has use for it
+        self.metrics.sat_out.add(len(late))
+        self._tell(chunks)
+
+    def _land(self, flight: Flight) -> list[Output]:
+        """Wait for a step and take its tokens over."""
+        tokens, missed = flight.launch.read()
+        now = time.monotonic()
+        done = [index for index, row in enumerate(flight.rows) if not row.void and self._alive(row.sequence)]
+        if wrong := [index for index in done if missed[index]]:
+            raise RuntimeError(f"rows {wrong} of a step found no record where the host's maps have one")
+        chunks = [Chunk(flight.rows[index].sequence, flight.rows[index].position, 1) for index in done]
+        for index, chunk in zip(done, chunks, strict=True):
+            self.scheduler.ran(chunk)
+            if (lease := flight.rows[index].lease) is not None:
+                _count(chunk, flight.stall, lease)
+        if self._sit_out is not None:
+            self._sit_out.ran(chunks, now - max(flight.launched, self._landed))
+        self._landed = now
+        sequences = [chunk.sequence for chunk in chunks]
+        scores = _scores(sequences, *flight.launch.choices(done)) if _scored(sequences) else {}
+        outputs = self._report(sequences, [tokens[index] for index in done], scores)
+        self.metrics.step(self.scheduler, len(done))
+        return outputs
+
+    def _alive(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.request_id) is sequence
+
+    def _let_go(self, leases: Iterable[Lease]) -> None:
+        """Release leases of steps that are over, but for those that somebody still counts on."""
+        used = set(self._late.values()) | (self._flight.leases() if self._flight is not None else set())
+        if self.pager is not None:
+            for lease in set(leases) - used:
+                self.pager.release(lease, over=True)
+
+    def _forget_late(self) -> None:
+        leases = list(self._late.values())
+        self._late.clear()
+        self._let_go(leases)
+
+    def _drain(self) -> None:
+        """Have nothing on its way."""
+        if (flight := self._flight) is not None:
+            self._kept += self._land(flight)
+            self._flight = None
+            self._let_go(flight.leases())
+        self._forget_late()
+
+    def resize(self, device_cache: str | None, host_cache: str | None) -> CacheSizes:
+        self._drain()
+        sizes = super().resize(device_cache, host_cache)
+        self.decoder.capture()
+        return sizes
+
+    def reopen(self) -> dict[str, Any]:
+        self._drain()
+        facts = super().reopen()
+        self.decoder.capture()
+        return facts
+
+    def close(self) -> None:
+        if self._flight is not None:
+            self._flight.launch.read()  # the device still writes into memory that goes now
+        super().close()
+
+
+def _scored(sequences: Iterable[Sequence]) -> bool:
+    return any(sequence.request.sampling.logprobs is not None for sequence in sequences)
