@@ -234,8 +234,8 @@ class LookaheadEngine(Engine):
         return facts
 
     def close(self) -> None:
-        if self._flight is not None:
-            self._flight.launch.read()  # the device still writes into memory that goes now
+        if self.pager is not None:
+            self.pager.quiet()  # what was launched still reads memory that goes now
         super().close()
 
 

@@ -475,8 +475,14 @@ class Pager:
         if self._leases:
             raise RuntimeError("a step holds records: tiers change between two steps alone")
         self._drain()
-        for part in self.parts:  # copies that were launched and steps that still read
+        self.quiet()
+
+    def quiet(self) -> None:
+        """Wait for copies that were launched and for steps that still read, one whose tokens stay unknown included."""
+        for part in self.parts:
             part.arena.quiet()
+        if self.maps is not None:
+            self.maps.blind = False
 
     def view(self, limit: int) -> DeviceView:
         """The `limit` records that would be evicted last, and what was evicted lately."""
