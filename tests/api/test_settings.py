@@ -147,7 +147,7 @@ def test_the_engine_gets_its_part_as_plain_json(tmp_path: Path) -> None:
             "tol_read_depth",
         ),
         *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue", "cache_dir", "kv_cache"),
-        *("threads", "log_level", "log_format"),
+        *("prefix_cache", "threads", "log_level", "log_format"),
     }
     assert options == json.loads(json.dumps(options))
     assert (options["model"], options["table"], options["device_cache"]) == (str(tmp_path), "t", "64")

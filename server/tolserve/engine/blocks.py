@@ -72,13 +72,6 @@ class BlockPool:
             self._block_of[key] = block
             self._key_of[block] = key
 
-    def forget(self) -> None:
-        """No block is found any more; those that are held stay held."""
-        self._block_of.clear()
-        self._key_of.clear()
-        self._free.extend(self._idle)
-        self._idle.clear()
-
     def check(self) -> None:
         """Raises RuntimeError when the books disagree."""
         held = [block for block, holders in enumerate(self._holders) if holders]

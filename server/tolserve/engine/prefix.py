@@ -1,12 +1,10 @@
 """Prefix caching: keys of full KV blocks, so that a text which was computed before is not computed again."""
 
 from array import array
-from collections.abc import Iterable
 from hashlib import blake2b
 from secrets import token_bytes
 
 from tolserve.engine.blocks import BlockPool
-from tolserve.engine.request import Request
 from tolserve.engine.sequence import Sequence
 
 # Bytes of a key. Two texts with one key would show each other's: 2^128 attempts find a pair. A block of 16 tokens then
@@ -23,7 +21,7 @@ class PrefixCache:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._version = 0  # of the table
+        self.version = 0  # of the table; what was computed under another one is not found
         self._secret = token_bytes(_KEY_BYTES)  # keys that were found elsewhere are worth nothing here
 
     def find(self, sequence: Sequence) -> list[int]:
@@ -36,9 +34,8 @@ class PrefixCache:
         if 0 < len(sequence.prompt_logprobs) < sequence.prompt_length:
             usable = len(sequence.prompt_logprobs) - 1
         full = usable // self._pool.block_size
-        self._extend(sequence, full)
         blocks: list[int] = []
-        for key in sequence.block_keys[:full]:
+        for key in self._keys(sequence, full)[:full]:
             if (block := self._pool.find(key)) is None:
                 break
             blocks.append(block)
@@ -48,34 +45,26 @@ class PrefixCache:
         """The tokens [start, end) have their keys and values: the blocks that they fill may be found from now on."""
         size = self._pool.block_size
         first, last = start // size, end // size
-        if first == last or sequence.crossed_tables:
-            return
-        self._extend(sequence, last)
-        for index in range(first, last):
-            self._pool.name(sequence.blocks[index], sequence.block_keys[index])
+        if first < last:
+            keys = self._keys(sequence, last)
+            for index in range(first, last):
+                self._pool.name(sequence.blocks[index], keys[index])
 
-    def forget(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> None:
-        """The table is another one now. What running sequences have computed is of the old one in part, and so is all
-        that follows from it: nobody shall find it."""
-        self._pool.forget()
-        self._version += 1
-        for sequence in running:
-            sequence.crossed_tables = True
-        for sequence in waiting:
-            sequence.block_keys.clear()
-
-    def _extend(self, sequence: Sequence, blocks: int) -> None:
-        """Compute the keys of a sequence's first blocks, as far as that was not done before."""
+    def _keys(self, sequence: Sequence, blocks: int) -> list[bytes]:
+        """The keys of a sequence's first `blocks` blocks at least, each computed once."""
         keys, size = sequence.block_keys, self._pool.block_size
+        if not sequence.root_key:
+            sequence.root_key = self._root(sequence.request.cache_salt)
         while len(keys) < blocks:
-            before = keys[-1] if keys else self._root(sequence.request)
             tokens = array("q", sequence.tokens[len(keys) * size : (len(keys) + 1) * size])
+            before = keys[-1] if keys else sequence.root_key
             keys.append(blake2b(before + tokens.tobytes(), digest_size=_KEY_BYTES).digest())
+        return keys
 
-    def _root(self, request: Request) -> bytes:
+    def _root(self, salt: str | None) -> bytes:
         """The key before the first block: whatever changes keys and values beside the tokens belongs in here.
 
         None of a request's settings does yet; its salt keeps it from those with another, or with none.
         """
-        salt = b"" if request.cache_salt is None else b"salt" + request.cache_salt.encode()
-        return blake2b(b"%d/" % self._version + salt, digest_size=_KEY_BYTES, key=self._secret).digest()
+        told = b"%d/" % self.version + (b"" if salt is None else b"salt" + salt.encode())
+        return blake2b(told, digest_size=_KEY_BYTES, key=self._secret).digest()

@@ -85,9 +85,12 @@ class Scheduler:
         return sequence.tokens[sequence.read_ahead : begins + self.max_tokens]
 
     def forget_prefixes(self) -> None:
-        """Find nothing of what was computed until now: the table is another one."""
+        """Find nothing of what was computed until now: the table is another one. Running sequences keep their keys of
+        before, under which nobody looks any more: what they compute from now on is of both tables."""
         if self._prefix is not None:
-            self._prefix.forget(self.running, self.waiting)
+            self._prefix.version += 1
+        for sequence in self.waiting:
+            sequence.start_over()
 
     def sequences(self) -> Iterator[Sequence]:
         yield from self.running
@@ -132,7 +135,8 @@ class Scheduler:
         sequence.computed = len(sequence.blocks) * self.pool.block_size
         count = step.affordable(sequence)
         if not count or not self.pool.grow(sequence.blocks, sequence.computed + count):
-            self._give_back(sequence)
+            self.pool.release(sequence.blocks)
+            sequence.computed = 0
             return False
         for passed in islice(self.waiting, index):
             passed.passed += 1
@@ -143,10 +147,6 @@ class Scheduler:
             sequence.cached = sequence.computed
         step.add(sequence, count)
         return True
-
-    def _give_back(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.computed = 0
 
     def _make_room(self, sequence: Sequence, step: "_Step") -> bool:
         """Get blocks for what the step can take of a running sequence, preempting the youngest others if needed."""
@@ -163,11 +163,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._give_back(sequence)
-        sequence.read_ahead = sequence.begins = 0
-        if sequence.crossed_tables:  # all of it is computed anew, with the table of now
-            sequence.crossed_tables = False
-            sequence.block_keys.clear()
+        self.pool.release(sequence.blocks)
+        sequence.start_over()
         sequence.passed = MAX_PASSES  # its client has waited before
         self.waiting.appendleft(sequence)
         self.preemptions += 1

@@ -19,8 +19,8 @@ class Sequence:
     read_ahead: int = 0  # tokens that need not run, or whose records are there or on their way, as far as was seen
     passed: int = 0  # admissions of later ones before it
     blocks: list[int] = field(default_factory=list)  # block table, in token order
+    root_key: bytes = b""  # prefix.py's, before the first block; with the table that the sequence began with
     block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as they were asked for
-    crossed_tables: bool = False  # what it has computed is of two tables
     cached: int | None = None  # tokens whose keys and values were there when it was first admitted
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     started: float | None = None  # first scheduled
@@ -38,6 +38,12 @@ class Sequence:
         self.tokens = list(self.request.prompt)
         if self.request.sampling.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)
+
+    def start_over(self) -> None:
+        """Forget what was computed, and all that was seen of what it may begin with."""
+        self.computed = self.begins = self.read_ahead = 0
+        self.root_key = b""
+        self.block_keys.clear()
 
     @property
     def request_id(self) -> str:
