@@ -160,7 +160,7 @@ def test_a_preempted_sequence_finds_its_own_blocks() -> None:
     load = Load(scheduler_of(blocks=8), 100, [], random.Random(0))
     old, young = sequence_of(range(8), 12, arrived=1), sequence_of(range(50, 62), 12, arrived=2)
     for sequence in (old, young):
-        sequence.read_ahead = len(sequence.tokens)
+        sequence.read_ahead = 1000
         load.scheduler.add(sequence)
     while not load.scheduler.preemptions:
         step(load)
