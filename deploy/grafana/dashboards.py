@@ -299,6 +299,14 @@ SERVING = [
         {"preemptions": rate("num_preemptions_total")},
     ),
     Panel(
+        "Prompt tokens found in the prefix cache",
+        "Share of looked-up prompt tokens whose keys and values were there from an earlier request. It is as high as "
+        "prompts begin alike; if it falls while they do, --kv-cache is too small to keep them.",
+        "percentunit",
+        {"share": f"{rate('prefix_cache_hits_total')} / ({rate('prefix_cache_queries_total')} > 0)"},
+        most=1,
+    ),
+    Panel(
         "Order changed for the cache",
         "Requests that started before earlier ones because their records were there, and steps that a request let pass "
         "while its record came from disk, per second.",

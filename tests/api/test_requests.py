@@ -36,6 +36,9 @@ SAMPLING_GOOD: list[tuple[str, Any]] = [
     ("ignore_eos", True),
     ("stream", False),
     ("user", "someone"),
+    ("cache_salt", "x"),
+    ("cache_salt", "é" * 256),
+    ("cache_salt", None),
     ("presence_penalty", 0),
     ("frequency_penalty", 0.0),
     ("logit_bias", {}),
@@ -55,6 +58,7 @@ SAMPLING_BAD: list[tuple[str, Any]] = [
     ("model", 1),
     ("model", None),
     ("user", 5),
+    *[("cache_salt", value) for value in ("", "x" * 257, 1, True, ["x"], "\ud800")],
     ("stream_options", {"include_usage": True}),  # without stream
     ("presence_penalty", 0.5),
     ("presence_penalty", False),

@@ -127,6 +127,11 @@ def test_the_key_may_come_from_a_file_and_is_never_shown(tmp_path: Path) -> None
     assert "s3cret" not in str(raised.value)
 
 
+def test_the_prefix_cache_can_be_turned_off(tmp_path: Path) -> None:
+    assert load(tmp_path).engine_json()["prefix_cache"] is True
+    assert load(tmp_path, "--no-prefix-cache").engine_json()["prefix_cache"] is False
+
+
 def test_the_engine_gets_its_part_as_plain_json(tmp_path: Path) -> None:
     options = load(tmp_path, "--table", "t", "--device-cache", "64").engine_json()
     assert set(options) == {

@@ -130,11 +130,12 @@ export class Playground {
     field.focus();
   }
 
-  #report({ prompt_tokens, completion_tokens, tol }, timer) {
+  #report({ prompt_tokens, prompt_tokens_details, completion_tokens, tol }, timer) {
     const rate = timer.rate(completion_tokens);
     const first = timer.firstToken;
     const facts = {
       Prompt: `${count(prompt_tokens)} tokens`,
+      Kept: `${count(prompt_tokens_details.cached_tokens)} of them`,
       Answer: `${count(completion_tokens)} tokens`,
       Speed: rate === null ? "–" : `${short(rate)} tokens/s`,
       "First token": first === null ? "–" : `${short(first * 1000)} ms`,

@@ -10,7 +10,9 @@ const MEMORY = {
   miss: "miss: the record had to be fetched",
   pending: "not looked up yet",
   never: "not looked up",
+  kept: "not looked up: what it gives was kept from an earlier request",
 };
+const UNASKED = ["never", "kept"];
 
 const bits = (logprob) => Math.min(MOST_BITS, -logprob / Math.LN2);
 const share = (logprob) => percent(Math.exp(logprob));
@@ -74,7 +76,7 @@ export class TokenView {
       const alternatives = Object.entries(logprobs.top_logprobs[i] ?? {}).sort(([, a], [, b]) => b - a);
       this.#add(bytesOfLabel(label), { label, logprob: logprobs.token_logprobs[i], alternatives });
     });
-    for (const hit of tol?.hits ?? []) this.#mark(this.#looked++, hit ? "hit" : "miss");
+    for (const hit of tol?.hits ?? []) this.#mark(this.#looked++, hit === null ? "kept" : hit ? "hit" : "miss");
     if (follow) list.scrollTop = list.scrollHeight;
   }
 
@@ -108,7 +110,7 @@ export class TokenView {
 
   #name({ node, label, logprob, memory }) {
     const chance = logprob === undefined ? "prompt" : share(logprob);
-    node.ariaLabel = `${visible(label)}, ${chance}, ${memory === "never" ? "not looked up" : memory}`;
+    node.ariaLabel = `${visible(label)}, ${chance}, ${UNASKED.includes(memory) ? "not looked up" : memory}`;
   }
 
   #indexOf(node) {
