@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,8 +104,9 @@ class PeerProcess:
         if self._process.stdin is None:
             raise RuntimeError("a peer without input")
         self._signal(signal.SIGCONT)
-        self._process.stdin.write(json.dumps({"do": do} | fields) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, as the answer will say
+            self._process.stdin.write(json.dumps({"do": do} | fields) + "\n")
+            self._process.stdin.flush()
         answer = self._read(timeout)
         self._signal(signal.SIGSTOP)
         return answer

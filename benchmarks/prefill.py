@@ -1,88 +1,138 @@
-"""A cold prompt from disk: how much of the reading does the computation hide?
+"""Time to the first token at a paper shape: the prompt's records not in the device cache, and again when they are.
 
-    python benchmarks/prefill.py MODEL TEXT.jsonl.gz --tokens 512 --out results/prefill.json
+    python benchmarks/prefill.py --trace trace-llama3.npz --tables /fast/disk/tables --out results/prefill.json
 
-Each repeat assembles a fresh engine, so that the device tier is empty; with direct I/O the page cache plays no part.
-Stall is what the forward pass waited for rows, read time the sum over all reads of the prompt's records.
+Cold: the device cache, a quarter of the bytes of base's feed-forward weights, is full of records that the prompt does
+not use. Warm: the same prompt once more; keys and values are computed again. Prompts are passages of real text over
+random weights (forced.py). Stall is what the forward pass waited for rows. `base` runs the same prompts with its
+feed-forward networks, and has no table. Variants take turns round by round; direct I/O leaves the page cache out.
 """
 
 import argparse
 import statistics
-import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from forced import ForcedEngine, Text, Trace, read_trace
+from random_model import SIZE_NAMES, quarter_of_ffn, random_model, shape_of
+from random_table import table_of
 from report import machine, write
-from tokenizers import Tokenizer
 
-from tolserve.engine.assemble import assemble, use_threads
-from tolserve.engine.config import EngineSettings
-from tolserve.engine.engine import Engine
-from tolserve.engine.request import Request, SamplingParams
-from tolserve.train.data import read_documents
+from tolserve.engine.assemble import use_threads
+
+COUNTED = {"stall_ms": "tol_stall_seconds_total", "read_ms": "tol_fill_seconds", "reads": "tol_fills_total"}
 
 
-def one(engine: Engine, prompt: tuple[int, ...]) -> dict[str, Any]:
-    before = _totals(engine)
-    engine.add(Request("cold", prompt, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)))
-    started = time.perf_counter()
-    while engine.busy:
-        engine.step()
-    seconds = time.perf_counter() - started
-    spent = {name: value - before[name] for name, value in _totals(engine).items()}
-    pager = engine.pager
-    return {
-        "first_token_ms": 1000 * seconds,
-        "stall_ms": 1000 * spent["tol_stall_seconds_total"],
-        "read_ms": 1000 * spent["tol_fill_seconds"],
-        "reads": spent["tol_fills_total"],
-        "most_reads_outstanding": pager.disk.peak_outstanding if pager else 0,
-        "io": pager.disk.io if pager else None,
+def make_engines(args: argparse.Namespace) -> dict[str, ForcedEngine]:
+    """By name: one for each chunk size, encoding and source, and one of `base` for each chunk size."""
+    dtype = getattr(torch, args.dtype)
+    shapes = {variant: shape_of(args.size, variant, args.vocab) for variant in ("base", "memory")}
+    models = {
+        name: random_model(shapes[name], dtype=dtype, weights=args.weights, device=args.device)
+        for name in (("memory",) if args.no_base else ("base", "memory"))
     }
+    engines = {}
+    for chunk in args.chunks:
+        options = {"sequences": 1, "longest": max(args.prompts) + 1, "dtype": dtype, "chunk": chunk}
+        if "base" in models:
+            engines[f"base, chunks of {chunk}"] = ForcedEngine(models["base"], None, **options)
+        for encoding in args.encodings:
+            table = table_of(args.tables, encoding, shapes["memory"])
+            slots = min(quarter_of_ffn(shapes["base"]) // table.manifest.record_bytes, table.manifest.vocab_size)
+            for source in args.sources:
+                host = table.manifest.vocab_size if source == "host" else 0
+                engine = ForcedEngine(models["memory"], table, slots=slots, host_slots=host, **options)
+                engines[f"memory {encoding} {source}, chunks of {chunk}"] = engine
+    return engines
 
 
-def _totals(engine: Engine) -> dict[str, float]:
-    return {m.name.removeprefix("tolserve_"): sum(s.value for s in m.samples) for m in engine.registry.snapshot()}
+def fill_with_others(engine: ForcedEngine, prompt: list[int], trace: Trace) -> None:
+    """Leave no record of the prompt in the device tier, and no free slot either."""
+    pager = engine.engine.pager
+    if pager is None:
+        return
+    slots = pager.slots
+    pager.resize(device_slots=1)  # forgets all records but one
+    pager.resize(device_slots=slots)
+    others = np.setdiff1d(trace[: 64 * slots], prompt)
+    pager.preload(others[:slots].tolist())
+
+
+def run(engine: ForcedEngine, prompts: list[list[int]]) -> dict[str, float]:
+    """Milliseconds to the first token, and what was read and waited for until then."""
+    before = engine.counters()
+    started = time.perf_counter()
+    engine.start(prompts)
+    spent = {"first_token_ms": 1000 * (time.perf_counter() - started)}
+    engine.stop()
+    after = engine.counters()
+    for name, counter in COUNTED.items():
+        if counter in after:
+            spent[name] = (after[counter] - before[counter]) * (1000 if name.endswith("ms") else 1)
+    return spent
+
+
+def measure(engines: dict[str, ForcedEngine], trace: Trace, length: int, rounds: int) -> dict[str, Any]:
+    """The first round only wakes the machine."""
+    runs: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
+    for number in range(rounds + 1):
+        prompts = Text(trace, 1, length, part=number).prompts
+        for name, engine in engines.items():
+            fill_with_others(engine, prompts[0], trace)
+            for kind in ("cold", "warm") if engine.engine.pager is not None else ("warm",):
+                spent = run(engine, prompts)
+                if number:
+                    runs[name][kind].append(spent)
+    return {name: figures(kinds) for name, kinds in runs.items()}
+
+
+def figures(kinds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for kind, runs in kinds.items():
+        result[kind] = {name: round(statistics.median(run[name] for run in runs), 1) for name in runs[0]}
+        result[kind]["first_token_ms_by_round"] = [round(run["first_token_ms"], 1) for run in runs]
+        if "stall_ms" in runs[0]:
+            shares = [run["stall_ms"] / run["first_token_ms"] for run in runs]
+            result[kind]["stall_share"] = round(statistics.median(shares), 4)
+    if "cold" in kinds:
+        ratios = [
+            cold["first_token_ms"] / warm["first_token_ms"]
+            for cold, warm in zip(kinds["cold"], kinds["warm"], strict=True)
+        ]
+        result["cold_over_warm"] = round(statistics.median(ratios), 3)
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[512, 128])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--trace", type=Path, required=True)
+    parser.add_argument(
+        "--tables", type=Path, required=True, help="folder of random tables, one an encoding, written if absent"
+    )
+    parser.add_argument("--size", default="1B", choices=SIZE_NAMES)
+    parser.add_argument("--vocab", type=int, help="fold token ids onto fewer (a smaller table and head)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--weights", default="auto", choices=("auto", "int8", "int4"))
+    parser.add_argument("--encodings", nargs="+", default=["bf16"], choices=("bf16", "int8", "int4"))
+    parser.add_argument("--sources", nargs="+", default=["disk"], choices=("disk", "host"))
+    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2000], help="lengths in tokens")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[512, 128], help="--max-num-batched-tokens")
+    parser.add_argument("--no-base", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     use_threads()
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    document = next(iter(read_documents(args.text)))
-    prompt = tuple(tokenizer.encode(document[5000:15000], add_special_tokens=False).ids[: args.tokens])
-    report: dict[str, Any] = {
-        **machine(),
-        "prompt_tokens": len(prompt),
-        "distinct_tokens": len(set(prompt)),
+    engines = make_engines(args)
+    trace = read_trace(args.trace, shape_of(args.size, "memory", args.vocab).vocab_size)
+    report = machine(args.device) | {
+        "memory": {name: engine.bytes() for name, engine in engines.items()},
+        "prompts": {str(length): measure(engines, trace, length, args.rounds) for length in args.prompts},
     }
-    with tempfile.TemporaryDirectory() as cache:
-        for chunk in args.chunks:
-            runs = []
-            for repeat in range(args.repeats + 1):
-                settings = EngineSettings(
-                    model=str(args.model), cache_dir=cache, device_cache="10%", max_num_batched_tokens=chunk
-                )
-                engine = assemble(settings)
-                if repeat:  # the first only wakes the machine
-                    runs.append(one(engine, prompt) | {"warm_first_token_ms": one(engine, prompt)["first_token_ms"]})
-                else:
-                    one(engine, prompt)
-                engine.close()
-            numbers = {k: statistics.median(r[k] for r in runs) for k in runs[0] if k != "io"}
-            share = statistics.median(r["stall_ms"] / r["read_ms"] for r in runs)
-            report[f"chunks of {chunk}"] = {k: round(v, 2) for k, v in numbers.items()} | {
-                "io": runs[0]["io"],
-                "stall_over_summed_read_time": round(share, 3),
-            }
     write(report, args.out)
 
 
