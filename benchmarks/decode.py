@@ -33,7 +33,7 @@ def make_engines(args: argparse.Namespace) -> dict[str, ForcedEngine]:
     sizes = {"sequences": max(args.batches), "longest": longest, "dtype": dtype, "policy": args.policy}
     engines, memory = {}, None
     for variant in args.variants:
-        config = shape_of(args.size, "memory" if variant == "resident" else variant, args.vocab)
+        config = shape_of(args.size, "memory" if variant == "resident" else variant, args.vocab, args.weights)
         model = memory if variant in ("memory", "resident") and memory is not None else None
         model = model or random_model(config, dtype=dtype, weights=args.weights, device=args.device)
         memory = model if variant in ("memory", "resident") else memory

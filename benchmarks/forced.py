@@ -19,7 +19,7 @@ from tolserve.engine.request import Request, SamplingParams
 from tolserve.engine.runner import Runner
 from tolserve.engine.scheduler import Scheduler
 from tolserve.metrics import Metrics
-from tolserve.model.transformer import Transformer
+from tolserve.model.serving import ServingModel
 from tolserve.tol.pager import Pager
 from tolserve.tol.table import Table
 
@@ -52,7 +52,7 @@ class ForcedEngine:
 
     def __init__(
         self,
-        model: Transformer,
+        model: ServingModel,
         table: Table | None,
         *,
         slots: int = 0,

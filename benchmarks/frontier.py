@@ -14,7 +14,7 @@ import argparse
 import statistics
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from forced import Text, Trace, read_trace
@@ -24,7 +24,6 @@ from random_model import quarter_of_ffn
 from random_table import table_of
 from report import machine, write
 
-INT4_GROUP = 32  # base's width is rounded down to it, in its favour
 WEIGHTS = {"auto": "16-bit", "int8": "int8", "int4": "int4"}
 COUNTED = ("tol_lookups_total", "tol_hits_total", "tol_stall_seconds_total")
 
@@ -97,10 +96,8 @@ def make_points(args: argparse.Namespace, stack: ExitStack) -> list[Point]:
                 use = {"table": table, "cache_bytes": int(4 * share * quarter_of_ffn(args.config("base")))}
                 points.append(Point(peer, "memory", name, encoding, share, use))
     for weights, name in WEIGHTS.items():
-        base = args.config("base")
-        if weights == "int4":
-            base = replace(base, intermediate_size=base.intermediate_size // INT4_GROUP * INT4_GROUP)
-        points.append(Point(started(ours(args, f"base {name}", base, weights)), "base", name))
+        peer = started(ours(args, f"base {name}", args.config("base", weights), weights))
+        points.append(Point(peer, "base", name))
     for kind in ("Q8_0", "Q4_K") if args.llama_python else ():
         points.append(Point(started(llama_cpp(args, kind)), "llama.cpp", kind))
     return points

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import report
-import torch
-from random_model import random_transformer
+from model_dir import random_model
 from random_table import random_table
 
-from tolserve.model.checkpoint import save_checkpoint
 from tolserve.model.presets import preset
 from tolserve.tol.table import Table
 
@@ -69,11 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     config = preset("1B", "memory")
     shape = {name: getattr(config, name) for name in ("vocab_size", "hidden_size")}
-    table = random_table(args.table, num_layers=config.num_hidden_layers, **shape)
-    if not args.model.exists():
-        args.model.mkdir(parents=True)
-        weights = random_transformer(config, torch.bfloat16, "cpu").state_dict()
-        save_checkpoint(args.model, config, {k: v.clone() for k, v in weights.items()}, table.manifest.fingerprint)
+    random_table(args.table, num_layers=config.num_hidden_layers, **shape)
+    random_model(args.model, config, args.table)
     times = []
     for _ in range(9):
         forget(args.table)

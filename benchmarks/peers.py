@@ -193,7 +193,7 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.llama_python and not args.files:
         parser.error("--llama-python needs --files, a folder for gguf files")
-    args.config = lambda variant: shape_of(args.size, variant, args.vocab)
+    args.config = lambda variant, weights="auto": shape_of(args.size, variant, args.vocab, weights)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # the peers' processes inherit it
     end_on_signals()
     return args

@@ -30,7 +30,7 @@ COUNTED = {"stall_ms": "tol_stall_seconds_total", "read_ms": "tol_fill_seconds",
 def make_engines(args: argparse.Namespace) -> dict[str, ForcedEngine]:
     """By name: one for each chunk size, encoding and source, and one of `base` for each chunk size."""
     dtype = getattr(torch, args.dtype)
-    shapes = {variant: shape_of(args.size, variant, args.vocab) for variant in ("base", "memory")}
+    shapes = {variant: shape_of(args.size, variant, args.vocab, args.weights) for variant in ("base", "memory")}
     models = {
         name: random_model(shapes[name], dtype=dtype, weights=args.weights, device=args.device)
         for name in (("memory",) if args.no_base else ("base", "memory"))

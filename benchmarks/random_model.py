@@ -6,20 +6,29 @@ import torch
 
 from tolserve.model.config import ModelConfig
 from tolserve.model.presets import SIZES, preset
-from tolserve.model.transformer import Transformer
+from tolserve.model.serving import ServingModel, Weights
 
 SMALL = "small"  # runs everything on any machine in seconds; its speed says nothing
+INT4_GROUP = 32  # values of an int4 weight's row that share a scale
 SIZE_NAMES = (*SIZES, SMALL)
 
 
-def shape_of(size: str, variant: str, vocab: int | None = None) -> ModelConfig:
-    """A paper shape, with another vocabulary if asked; or the small one. Raises KeyError for another name."""
-    if size != SMALL:
+def shape_of(size: str, variant: str, vocab: int | None = None, weights: str = "auto") -> ModelConfig:
+    """A paper shape, with another vocabulary if asked; or the small one. Raises KeyError for another name.
+
+    With int4 weights the feed-forward width is rounded down to whole groups, in the dense model's favour.
+    """
+    if size == SMALL:
+        widths = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
+        config = replace(preset("250M", variant), **widths, intermediate_size=680, vocab_size=4096)
+    else:
         config = preset(size, variant)
-        return replace(config, vocab_size=vocab or config.vocab_size)
-    widths = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
-    config = replace(preset("250M", variant), **widths, intermediate_size=680)
-    return replace(config, vocab_size=vocab or 4096)
+    group = INT4_GROUP if weights == "int4" else 1
+    return replace(
+        config,
+        vocab_size=vocab or config.vocab_size,
+        intermediate_size=config.intermediate_size // group * group,
+    )
 
 
 def quarter_of_ffn(base: ModelConfig) -> int:
@@ -27,25 +36,9 @@ def quarter_of_ffn(base: ModelConfig) -> int:
     return 3 * base.hidden_size * base.intermediate_size * base.num_hidden_layers * 2 // 4
 
 
-def random_transformer(config: ModelConfig, dtype: torch.dtype, device: str) -> Transformer:
-    """Training form with random weights: one block of normal numbers, repeated and shifted from tensor to tensor."""
-    with torch.device("meta"):
-        model = Transformer(config, with_memory=False)
-    block = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
-    state = {}
-    for index, (name, parameter) in enumerate(model.named_parameters()):
-        copies = -(-parameter.numel() // block.numel())
-        values = block[: parameter.numel()].repeat(copies)[: parameter.numel()].roll(index).view(parameter.shape)
-        state[name] = (torch.ones_like(values) if parameter.ndim == 1 else values).to(device)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def random_model(config: ModelConfig, *, dtype: torch.dtype, weights: str = "auto", device: str = "cpu") -> Transformer:
-    """Serving form with random weights."""
-    if weights != "auto":
-        raise ValueError(f"--weights {weights}: not yet")
-    model = random_transformer(config, dtype, device)
-    model.device = torch.device(device)
-    model.nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    return model
+def random_model(
+    config: ModelConfig, *, dtype: torch.dtype, weights: Weights = "auto", device: str = "cpu"
+) -> ServingModel:
+    """Serving form of random weights, as if a checkpoint had held them in 16 bits."""
+    stored = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    return ServingModel.random(config, dtype=dtype, weights=weights, device=device, stored=stored)

@@ -1,6 +1,7 @@
 """What every benchmark's result says about where it came from, and how it is written."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tolkernels import fast_on_cpu
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -17,6 +20,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "compiled_cpu_kernels": fast_on_cpu("bfloat16"),
+        "load_before": [round(value, 1) for value in os.getloadavg()],
         "commit": commit.stdout.strip(),
         "command": " ".join(["python", *(Path(a).name if a.startswith(("/", "..")) else a for a in sys.argv)]),
     }
