@@ -83,7 +83,7 @@ class PeerProcess:
         self, name: str, python: Path, adapter: str, options: dict[str, Any], env: dict[str, str] | None = None
     ) -> None:
         self.name = name
-        script = Path(__file__).with_name(adapter)
+        script = Path(__file__).parent / adapter
         self._process = subprocess.Popen(
             [python, script, json.dumps(options)],
             stdin=subprocess.PIPE,
@@ -92,6 +92,10 @@ class PeerProcess:
             env=os.environ | (env or {}),
             start_new_session=True,  # a process group of its own, to be stopped as one
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait_ready(self, timeout: float = 900) -> float:
         """Wait until it is loaded; returns its own figure of the seconds that took."""
@@ -103,8 +107,9 @@ class PeerProcess:
         """Send one command and wait for its answer. Raises RuntimeError when the peer fails or is too slow."""
         if self._process.stdin is None:
             raise RuntimeError("a peer without input")
-        self._signal(signal.SIGCONT)
-        with suppress(BrokenPipeError):  # it has ended, as the answer will say
+        with suppress(ProcessLookupError):  # it has ended, as the answer will say
+            self._signal(signal.SIGCONT)
+        with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps({"do": do} | fields) + "\n")
             self._process.stdin.flush()
         answer = self._read(timeout)
