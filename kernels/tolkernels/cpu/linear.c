@@ -12,7 +12,6 @@
 // With float weights activations stay float32: AVX512-BF16's dot product does 45 G multiply-adds a second on a core of
 // Sapphire Rapids, the float32 FMA 91. With integer weights a token's activations are rounded to 16-bit integers, and
 // products of 16-bit integers are summed exactly (VNNI: 195 G): an error of 1/65,534 of the token's largest value.
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -26,7 +25,8 @@ enum { EXACT_RUN = 512 };
 // was the fastest for all encodings (within 5% of it from 6,144 on), and L1 as the target no better. Without it a core
 // reads at half to two thirds of the rate of a plain sum over the same bytes, with it at .83 to .91.
 enum { AHEAD = 12288 };
-// Panels that a thread keeps in its L2 cache (1 MiB or more) while all of a prompt's tokens go by.
+// Panels that a thread keeps in its L2 cache while all of a prompt's tokens go by; 256 KiB and 1 MiB were as fast. Writing
+// them down as floats first was not faster either (AVX512; with AVX2 by a tenth, from 128 tokens on).
 enum { KEPT_BYTES = 512 * 1024 };
 
 typedef struct {
@@ -41,7 +41,6 @@ typedef struct {
 typedef void Tile(const Weight *, long, const void *, const char *, float *);
 typedef struct {
     int max_tokens, outputs;
-    void (*expand[ENCODINGS])(const Weight *, long, float *);
     Tile *tile[ENCODINGS][MOST_TOKENS];
 } Level;
 
@@ -145,7 +144,6 @@ typedef struct {
     long tokens;
     int32_t *packed;    // blocks of tokens, each [packed_length(...)][tokens of the block] 32-bit words
     float *x_scales;    // [tokens]; integer weights alone
-    float *decoded;     // for each thread room for a group as floats, or NULL: tiles decode for themselves
     long group, groups; // outputs of a group, a multiple of PANEL, and how many there are
 } Call;
 
@@ -222,39 +220,29 @@ static void run_group(const Call *call, long g) {
     const Level *level = call->level;
     const long inputs = call->weight.inputs, first = g * call->group, passes = call->weight.passes;
     const long end = first + call->group < call->weight.outputs ? first + call->group : call->weight.outputs;
-    const int encoding = call->decoded ? FLOAT32 : call->encoding;
-    float *decoded = call->decoded ? call->decoded + omp_get_thread_num() * call->group * inputs : 0;
-    if (decoded)
-        for (long n = first; n < end; n += level->outputs)
-            level->expand[call->encoding](&call->weight, n, decoded + (n - first) / PANEL * PANEL * inputs);
-    Weight floats = {.data = (const uint8_t *)decoded, .inputs = inputs, .passes = 4};
-    const Weight *weight = decoded ? &floats : &call->weight;
-    const long bytes = panel_bytes(encoding, inputs);
+    const long bytes = panel_bytes(call->encoding, inputs);
     for (long b = 0; b < passes; b++) {
         const long start = block_start(call, b), count = block_start(call, b + 1) - start;
         const int32_t *x = call->packed + start * packed_length(call->encoding, inputs);
+        const long ahead = passes == 1 ? AHEAD : call->group / PANEL * bytes + b * bytes / passes;
         for (long n = first; n < end; n += level->outputs) {
-            const long at = decoded ? n - first : n;
-            const long ahead = passes == 1 || decoded ? AHEAD : call->group / PANEL * bytes + b * bytes / passes;
-            level->tile[encoding][count - 1](weight, at, x, (const char *)weights_at(weight, encoding, at) + ahead, sums);
+            const uint8_t *weights = weights_at(&call->weight, call->encoding, n);
+            level->tile[call->encoding][count - 1](&call->weight, n, x, (const char *)weights + ahead, sums);
             finish_tile(call, b, n, sums);
         }
     }
 }
 
-// Memory for what a call needs beside its arguments, by kind. Returns 0, or 1 if there is none.
-static int set_up(Call *call, int threads) {
-    const long inputs = call->weight.inputs, panel = panel_bytes(call->encoding, inputs);
-    const int decode = !is_integer(call->encoding) && call->encoding != FLOAT32 && call->weight.passes > 2;
-    const int copy = call->tokens > 1 || is_integer(call->encoding);
-    const long kept = KEPT_BYTES / (decode ? PANEL * inputs * 4 : panel);
+// Groups, and memory for what a call needs beside its arguments. Returns 0, or 1 if there is none.
+static int set_up(Call *call) {
+    const long inputs = call->weight.inputs, kept = KEPT_BYTES / panel_bytes(call->encoding, inputs);
     call->group = PANEL * (call->weight.passes > 2 && kept > 1 ? kept : 1);
     call->groups = (call->weight.outputs + call->group - 1) / call->group;
-    call->packed = (int32_t *)call->x;
-    if (copy) call->packed = malloc(call->tokens * packed_length(call->encoding, inputs) * 4);
+    call->packed = (int32_t *)call->x;  // a single token of floats is packed as it is
+    if (call->tokens > 1 || is_integer(call->encoding))
+        call->packed = malloc(call->tokens * packed_length(call->encoding, inputs) * 4);
     if (is_integer(call->encoding)) call->x_scales = malloc(call->tokens * 4);
-    if (decode) call->decoded = aligned_alloc(64, threads * call->group * inputs * 4);
-    return !call->packed || (is_integer(call->encoding) && !call->x_scales) || (decode && !call->decoded);
+    return !call->packed || (is_integer(call->encoding) && !call->x_scales);
 }
 
 // x [T, K], out [T, N] and residual [T, N] (or NULL) are float32 and contiguous. Returns 0, or 1 without memory.
@@ -266,7 +254,7 @@ int tk_linear(const uint8_t *data, const uint16_t *group_scales, const float *ro
     Call call = {.level = level, .x = x, .residual = residual, .out = out, .tokens = tokens, .encoding = encoding,
                  .weight = {data, group_scales, row_scales, outputs, inputs,
                             (tokens + level->max_tokens - 1) / level->max_tokens}};
-    const int failed = set_up(&call, threads);
+    const int failed = set_up(&call);
     // Neighbours in turn, for the fetching; eight turns for each thread, because another process may hold one up.
     const int turn = call.groups / (8 * threads) + 1;
     if (!failed) {
@@ -282,6 +270,5 @@ int tk_linear(const uint8_t *data, const uint16_t *group_scales, const float *ro
     }
     if ((const float *)call.packed != x) free(call.packed);
     free(call.x_scales);
-    free(call.decoded);
     return failed;
 }

@@ -82,21 +82,6 @@ FORCE void NAME(integer_tile)(int encoding, int tokens, const Weight *weight, lo
     }
 }
 
-// A tile's weights as floats, in the layout of a FLOAT32 weight.
-FORCE void NAME(expand_as)(int encoding, const Weight *weight, long first, float *out) {
-    const uint8_t *w = weights_at(weight, encoding, first);
-    const long bytes = unit_bytes(encoding);
-    out += first % PANEL;
-    for (long k = 0; k < weight->inputs; k += 2, w += bytes, out += 2 * PANEL) {
-        fetch_ahead((const char *)w + AHEAD, bytes, bytes);
-        EACH_COLUMN {
-            const uint8_t *from = w + c * VL * lane_bytes(encoding);
-            NAME(store)(out + c * VL, NAME(floats)(encoding, from, 0));
-            NAME(store)(out + PANEL + c * VL, NAME(floats)(encoding, from, 1));
-        }
-    }
-}
-
 #define TILE(kind, e, t) \
     static TARGET void NAME(e##_##t)(const Weight *w, long first, const void *x, const char *ahead, float *sums) { \
         NAME(kind##_tile)(e, t, w, first, x, ahead, sums); \
@@ -113,16 +98,12 @@ FORCE void NAME(expand_as)(int encoding, const Weight *weight, long first, float
 #define MORE_TILES(kind, e)
 #define MORE_LISTED(e)
 #endif
-#define EXPAND(e) \
-    static TARGET void NAME(expand_##e)(const Weight *w, long first, float *out) { NAME(expand_as)(e, w, first, out); }
 
 TILES(float, FLOAT32) TILES(float, FLOAT16) TILES(float, BFLOAT16) TILES(integer, INT8) TILES(integer, INT4)
-EXPAND(FLOAT16) EXPAND(BFLOAT16)
 
 static const Level NAME(level) = {
     .max_tokens = MAX_TOKENS,
     .outputs = COLUMNS * VL,
-    .expand = {[FLOAT16] = NAME(expand_FLOAT16), [BFLOAT16] = NAME(expand_BFLOAT16)},
     .tile = {LISTED(FLOAT32), LISTED(FLOAT16), LISTED(BFLOAT16), LISTED(INT8), LISTED(INT4)},
 };
 
@@ -135,7 +116,6 @@ static const Level NAME(level) = {
 #undef MORE_TILES
 #undef LISTED
 #undef MORE_LISTED
-#undef EXPAND
 #undef NAME
 #undef TARGET
 #undef VF
