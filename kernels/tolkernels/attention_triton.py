@@ -38,9 +38,10 @@ def _store_kv_kernel(
     second = tl.load(source + half, mask=inside, other=0).to(tl.float32)
     turn = inside & (head < heads + kv_heads)
     angle = token * (2 * half) + column
-    cos1, cos2 = tl.load(cos + angle, mask=turn, other=1), tl.load(cos + angle + half, mask=turn, other=1)
-    sin1, sin2 = tl.load(sin + angle, mask=turn, other=0), tl.load(sin + angle + half, mask=turn, other=0)
-    left, right = first * cos1 - second * sin1, second * cos2 + first * sin2
+    cos1, cos2 = tl.load(cos + angle, mask=whole, other=1), tl.load(cos + angle + half, mask=whole, other=1)
+    sin1, sin2 = tl.load(sin + angle, mask=whole, other=0), tl.load(sin + angle + half, mask=whole, other=0)
+    left = tl.where(turn, first * cos1 - second * sin1, first)
+    right = tl.where(turn, second * cos2 + first * sin2, second)
     to_q = q + (token * heads + head) * (2 * half) + column
     is_q = whole & (head < heads)
     tl.store(to_q, left, mask=is_q)
