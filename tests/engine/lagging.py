@@ -18,7 +18,7 @@ from torch import Tensor
 from tolserve.engine.ahead import LookaheadEngine
 from tolserve.engine.graphs import Decoder, Launch, Row, _Staging
 from tolserve.tol import part, slotmap, tiers
-from tolserve.tol.arena import Device, DeviceArena, DeviceMap
+from tolserve.tol.arena import DeviceArena, DeviceMap
 from tolserve.tol.table import Bytes
 
 Work = Callable[[], object]
@@ -78,46 +78,9 @@ class Late:
             stream.mark().synchronize()
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        late = self
-
-        class LateArena(DeviceArena):
-            def fence(self) -> Any:
-                return late.compute.mark()
-
-            def write(self, slot: int, payload: Bytes, fence: Any, stays: bool = False) -> Any:
-                source = payload if stays else payload.copy()
-                copy = super().write
-
-                def fill() -> None:
-                    if fence is not None:
-                        fence.synchronize()
-                    copy(slot, source, None)
-
-                return late.fill.add(fill)
-
-            def ready(self, events: Iterable[Any]) -> None:
-                for event in events:
-                    late.compute.add(event.synchronize)
-                late.compute.mark().synchronize()  # a step that runs eagerly reads the rows at once
-
-            def quiet(self) -> None:
-                late.flush()
-
-        class LateMap(DeviceMap):
-            def __init__(self, size: int, device: Device) -> None:
-                super().__init__(size, device)
-
-            def write(self, tokens: Any, places: Any) -> None:
-                change = super().write
-                late.compute.add(lambda: change(tokens, places))
-
-            def ready(self, events: Iterable[Any]) -> None:
-                for event in events:
-                    late.compute.add(event.synchronize)
-
         for module in (part, tiers):
-            monkeypatch.setattr(module, "DeviceArena", LateArena)
-        monkeypatch.setattr(slotmap, "DeviceMap", LateMap)
+            monkeypatch.setattr(module, "DeviceArena", late_arena(self))
+        monkeypatch.setattr(slotmap, "DeviceMap", late_map(self))
 
     def slow_down(self, engine: LookaheadEngine) -> None:
         """Have the engine's steps run late as well. Those with prompts run at once, behind all before them."""
@@ -130,6 +93,46 @@ class Late:
             return run(*args)
 
         engine.runner.run = behind  # type: ignore[method-assign]
+
+
+def late_arena(late: Late) -> type[DeviceArena]:
+    class LateArena(DeviceArena):
+        def fence(self) -> Any:
+            return late.compute.mark()
+
+        def write(self, slot: int, payload: Bytes, fence: Any, stays: bool = False) -> Any:
+            source = payload if stays else payload.copy()
+            copy = super().write
+
+            def fill() -> None:
+                if fence is not None:
+                    fence.synchronize()
+                copy(slot, source, None)
+
+            return late.fill.add(fill)
+
+        def ready(self, events: Iterable[Any]) -> None:
+            for event in events:
+                late.compute.add(event.synchronize)
+            late.compute.mark().synchronize()  # a step that runs eagerly reads the rows at once
+
+        def quiet(self) -> None:
+            late.flush()
+
+    return LateArena
+
+
+def late_map(late: Late) -> type[DeviceMap]:
+    class LateMap(DeviceMap):
+        def write(self, tokens: Any, places: Any) -> None:
+            change = super().write
+            late.compute.add(lambda: change(tokens, places))
+
+        def ready(self, events: Iterable[Any]) -> None:
+            for event in events:
+                late.compute.add(event.synchronize)
+
+    return LateMap
 
 
 class LateDecoder(Decoder):
