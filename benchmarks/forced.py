@@ -5,15 +5,20 @@ Weights are random, so what such a model samples is unreal, and so would be what
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from tolserve.engine.assemble import BLOCK_SIZE
+from tolserve.engine.ahead import LookaheadEngine
+from tolserve.engine.assemble import _MAX_FILLS, BLOCK_SIZE
 from tolserve.engine.blocks import BlockPool
 from tolserve.engine.engine import Engine
+from tolserve.engine.graphs import Decoder, Row
 from tolserve.engine.kv import KVCache
 from tolserve.engine.request import Request, SamplingParams
 from tolserve.engine.runner import Runner
@@ -47,6 +52,17 @@ class Text:
         return rows.tolist()
 
 
+class ForcedDecoder(Decoder):
+    """Steps launched ahead choose on the device; here they choose what `choices` says, by request id."""
+
+    choices: Mapping[str, int] = MappingProxyType({})
+
+    def draw(self, rows: list[Row], logits: Tensor, tokens: Tensor) -> None:
+        if self.choices:
+            forced = torch.tensor([self.choices[row.sequence.request_id] for row in rows])
+            tokens.copy_(forced.pin_memory() if tokens.is_cuda else forced, non_blocking=True)
+
+
 class ForcedEngine:
     """The whole engine, scheduler to sampler, as benchmarks drive it; a `Peer` but for its facts."""
 
@@ -59,38 +75,48 @@ class ForcedEngine:
         host_slots: int = 0,
         sequences: int,
         longest: int,
-        dtype: Any,
+        dtype: torch.dtype,
         policy: str = "context",
         chunk: int = 512,
+        ahead: bool | None = None,
     ) -> None:
         """Tiers of `slots` and `host_slots` records for a model with a table; room for `sequences` of `longest` tokens
-        each."""
-        config, metrics, device = model.config, Metrics(), str(model.device)
-        self.slots, pager = slots, None
+        each. `ahead` as in engine/assemble.py, whose parts these are."""
+        config, metrics, device = model.config, Metrics(), model.device.type
+        ahead = device == "cuda" if ahead is None else ahead
+        pager = None
         if table is not None:
-            options = {"device": device, "policy": policy, "metrics": metrics}
+            options = {"device": device, "policy": policy, "mapped": ahead, "metrics": metrics}
             pager = Pager(table, device_slots=slots, host_slots=host_slots, **options)
         self.kv_bytes_per_token = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype) // BLOCK_SIZE
         each = -(-longest // BLOCK_SIZE) + 1
         blocks = sequences * each
-        kv = KVCache(
-            config, blocks=blocks, block_size=BLOCK_SIZE, max_len=each * BLOCK_SIZE, dtype=dtype, device=device
-        )
+        room = {"blocks": blocks + ahead, "block_size": BLOCK_SIZE, "max_len": each * BLOCK_SIZE}
+        kv = KVCache(config, **room, dtype=dtype, device=device)
         scheduler = Scheduler(
             BlockPool(blocks, BLOCK_SIZE),
             max_seqs=sequences,
             max_tokens=chunk,
             max_distinct=pager and pager.slots,
             present=pager and pager.present,
+            max_fills=_MAX_FILLS[device],
             prefix_cache=False,  # prompts come again, to be computed again
         )
-        self.engine = Engine(Runner(model, kv, pager), scheduler, metrics, max_model_len=1_000_000, max_queue=sequences)
+        runner = Runner(model, kv, pager)
+        parts, limits = (runner, scheduler, metrics), {"max_model_len": 1_000_000, "max_queue": sequences}
+        self._decoder = ForcedDecoder(runner, max_rows=sequences, spare=blocks) if ahead else None
+        if self._decoder is not None:
+            self.engine: Engine = LookaheadEngine(*parts, decoder=self._decoder, **limits)
+        else:
+            self.engine = Engine(*parts, **limits)
         self._running: list[str] = []
         self._forced: list[int] = []  # of each sequence, how many tokens it had when one was replaced last
 
     def start(self, prompts: list[list[int]]) -> None:
         """Drop what runs, then run these prompts until each has its first token."""
         self.stop()
+        while self.engine.busy:  # a step that was launched ahead
+            self.engine.step()
         for index, prompt in enumerate(prompts):
             params = SamplingParams(max_tokens=100_000, temperature=0, ignore_eos=True)
             request = Request(str(index), tuple(prompt), params)
@@ -102,18 +128,27 @@ class ForcedEngine:
             self.engine.step()
 
     def step(self, tokens: list[int]) -> None:
-        """One engine step, what each sequence sampled last replaced by its own of `tokens`; one that sat a step out
-        keeps the token whose record it waits for."""
+        """One engine step, with each sequence's own of `tokens` in place of what it sampled last; one that sat a step
+        out keeps the token whose record it waits for. Of a step launched ahead they are what it chooses, so that the
+        next one runs them."""
+        if self._decoder is not None:
+            self._decoder.choices = dict(zip(self._running, tokens, strict=True))
+        else:
+            self._replace(tokens)
+        self.engine.step()
+
+    def _replace(self, tokens: list[int]) -> None:
         for sequence in self.engine.scheduler.running:
             index = int(sequence.request_id)
             if sequence.generated > self._forced[index]:
                 sequence.tokens[-1] = tokens[index]
                 self._forced[index] = sequence.generated
-        self.engine.step()
 
     def stop(self) -> None:
         for request_id in self._running:
             self.engine.abort(request_id)
+        if self._decoder is not None:
+            self._decoder.choices = {}
         self._running.clear()
         self._forced.clear()
 

@@ -26,17 +26,11 @@ def test_text_goes_on_where_its_prompts_end() -> None:
 
 @pytest.mark.parametrize("slots", [8, 50])
 def test_an_engine_runs_the_forced_tokens_and_looks_up_their_records(tmp_path: Path, slots: int) -> None:
-    config = shape_of("small", "memory", vocab=50)
-    model = random_model(config, dtype=torch.float32)
-    table = table_of(tmp_path, "bf16", config)
-    engine = ForcedEngine(model, table, slots=slots, sequences=2, longest=20, dtype=torch.float32)
-    engine.warm(TRACE, 20)
+    engine = engine_of(tmp_path, slots)
     engine.start([[1, 2, 3], [4, 5, 6]])
     before = engine.counters()["tol_lookups_total"]
     engine.timed_steps([[7, 8], [9, 9], [10, 11]])
-    sequences = {sequence.request_id: sequence for sequence in engine.engine.scheduler.sequences()}
-    fed = [sequences[name].tokens[: sequences[name].computed] for name in ("0", "1")]
-    assert fed == [[1, 2, 3, 7, 9, 10], [4, 5, 6, 8, 9, 11]]
+    assert ran(engine) == [[1, 2, 3, 7, 9, 10], [4, 5, 6, 8, 9, 11]]
     assert engine.counters()["tol_lookups_total"] - before == 5  # one for each distinct token of each step
     engine.start([[1, 2, 3]])
     engine.timed_steps([[12]])
@@ -44,6 +38,34 @@ def test_an_engine_runs_the_forced_tokens_and_looks_up_their_records(tmp_path: P
     assert engine.engine.pager is not None
     engine.engine.pager.check()
     engine.close()
+
+
+def test_an_engine_that_is_a_step_ahead_runs_them_too(tmp_path: Path) -> None:
+    engine = engine_of(tmp_path, 50, ahead=True)
+    for _ in range(2):
+        engine.start([[1, 2, 3], [4, 5, 6]])
+        engine.timed_steps([[7, 8], [9, 9], [10, 11], [12, 13], [14, 15]])
+        first, second = ran(engine)
+        assert (first[:3], second[:3]) == ([1, 2, 3], [4, 5, 6])
+        assert first[4:7] == [7, 9, 10]  # the one before was sampled at the prompt's end
+        assert second[4:7] == [8, 9, 11]
+    engine.close()
+
+
+def engine_of(folder: Path, slots: int, ahead: bool = False) -> ForcedEngine:
+    config = shape_of("small", "memory", vocab=50)
+    model = random_model(config, dtype=torch.float32)
+    table = table_of(folder, "bf16", config)
+    sizes = {"slots": slots, "sequences": 2, "longest": 20}
+    engine = ForcedEngine(model, table, **sizes, dtype=torch.float32, ahead=ahead)
+    engine.warm(TRACE, 20)
+    return engine
+
+
+def ran(engine: ForcedEngine) -> list[list[int]]:
+    """Each sequence's tokens that went through the layers."""
+    sequences = {sequence.request_id: sequence for sequence in engine.engine.scheduler.sequences()}
+    return [sequences[name].tokens[: sequences[name].computed] for name in sorted(sequences)]
 
 
 @pytest.mark.parametrize("values", get_args(Values))
