@@ -4,7 +4,7 @@ Call them by the names in this package: each takes the Triton kernel on CUDA whe
 on the CPU where it was built, and the twin everywhere else.
 """
 
-from tolkernels.attention import decode_attention, store_kv
+from tolkernels.attention import chunk_attention, decode_attention, store_kv
 from tolkernels.gather import add_rows, lookup_slots, rms_norm
 from tolkernels.linear import Encoding, Weight, embedding_rows, fast_on_cpu, linear, make_weight
 
@@ -12,6 +12,7 @@ __all__ = [
     "Encoding",
     "Weight",
     "add_rows",
+    "chunk_attention",
     "decode_attention",
     "embedding_rows",
     "fast_on_cpu",

@@ -1,4 +1,4 @@
-"""Attention over keys and values in blocks: storing a step's own, and decoding over a sequence's (LLaMA's form)."""
+"""Attention over keys and values in blocks: storing a step's own, and attending over a sequence's (LLaMA's form)."""
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,46 @@ def decode_attention_torch(q: Tensor, keys: Tensor, values: Tensor, tables: Tens
     visible = torch.arange(k.shape[2], device=q.device) < lengths.unsqueeze(1)
     out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=visible[:, None, None], enable_gqa=True)
     return out.squeeze(2)
+
+
+def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, length: int) -> Tensor:
+    """Causal attention of several tokens of one sequence over its blocks: [T, heads, hd] of q's dtype.
+
+    q [T, heads, hd] of any float dtype, rotated: the last T of the sequence's `length` tokens, whose keys and values
+    are stored already; table [blocks] int32, the sequence's blocks in order; the rest as for `decode_attention`.
+
+    On the CPU as compiled, a token's result is the same in any chunk. Raises ValueError for shapes, dtypes and a length
+    that do not fit; a block out of range is an IndexError on the CPU.
+    """
+    _check_cache(keys, values)
+    block_size, kv_heads, size = keys.shape[1:]
+    if q.ndim != 3 or q.shape[2] != size or q.shape[1] % kv_heads or not q.is_floating_point():
+        raise ValueError(f"q must be [T, n * {kv_heads}, {size}] of floats, got {list(q.shape)} {q.dtype}")
+    if table.ndim != 1 or table.dtype != torch.int32:
+        raise ValueError(f"table must be [blocks] int32, got {list(table.shape)} {table.dtype}")
+    if not len(q) <= length <= len(table) * block_size:
+        raise ValueError(f"length must be from {len(q)} tokens to {len(table)} blocks of {block_size}, got {length}")
+    if use_compiled(q) and keys.dtype != torch.float64:
+        from tolkernels.attention_cpu import chunk_attention_cpu
+
+        return chunk_attention_cpu(q, keys, values, table, length)
+    return chunk_attention_torch(q, keys, values, table, length)
+
+
+def chunk_attention_torch(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, length: int) -> Tensor:
+    """The twin: `chunk_attention` in torch, on any device. It copies the table's blocks."""
+    rows = table[: -(-length // keys.shape[1])]
+    k, v = (
+        cache.index_select(0, rows).flatten(0, 1)[:length].transpose(0, 1).to(q.dtype).unsqueeze(0)
+        for cache in (keys, values)
+    )  # [1, kv_heads, length, hd]
+    mask = None  # a chunk from the start on is plainly causal, which is faster
+    if len(q) < length:
+        at = torch.arange(length - len(q), length, device=q.device)
+        mask = torch.arange(length, device=q.device) <= at.unsqueeze(1)  # [T, length]
+    query = q.transpose(0, 1).unsqueeze(0)
+    out = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 def _check_cache(keys: Tensor, values: Tensor) -> None:

@@ -1,7 +1,7 @@
 """`tolkernels.attention` on the CPU through the compiled kernels (cpu/attention.c), in float32.
 
-Keys and values are float32, float16 or bfloat16, read block by block where they lie. A sequence's result depends
-neither on the sequences beside it nor on the number of threads.
+Keys and values are float32, float16 or bfloat16, read block by block where they lie. A token's result depends neither
+on the tokens beside it nor on the number of threads. Decoding and a chunk of one token may differ in the last bits.
 """
 
 import ctypes
@@ -23,6 +23,9 @@ def _functions() -> ctypes.CDLL:
     lib.tk_store_kv.restype = long
     lib.tk_decode_attention.argtypes = [*[pointer] * 6, *[long] * 7, ctypes.c_float, *[ctypes.c_int] * 3]
     lib.tk_decode_attention.restype = long
+    decode = lib.tk_decode_attention.argtypes
+    lib.tk_chunk_attention.argtypes = [*decode[:4], ctypes.c_int32, *decode[5:]]
+    lib.tk_chunk_attention.restype = long
     return lib
 
 
@@ -83,4 +86,38 @@ def decode_attention_cpu(
     )
     if wrong >= 0:
         raise IndexError(f"length {int(lengths[wrong])} of sequence {wrong}, or one of its blocks, is out of range")
+    return out
+
+
+def chunk_attention_cpu(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    length: int,
+    *,
+    level: int | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """`chunk_attention` of float32 q; the rest as for `decode_attention_cpu`."""
+    q, table = q.contiguous(), table.contiguous()
+    blocks, block_size, kv_heads, size = keys.shape
+    out = torch.empty_like(q)
+    wrong = _functions().tk_chunk_attention(
+        *map(address, (q, keys, values, table)),
+        length,
+        address(out),
+        *q.shape[:2],
+        kv_heads,
+        size,
+        blocks,
+        len(table),
+        block_size,
+        size**-0.5,
+        _CODES[keys.dtype],
+        isa() if level is None else level,
+        torch.get_num_threads() if threads is None else threads,
+    )
+    if wrong >= 0:
+        raise IndexError(f"length {length}, or one of the blocks, is out of range")
     return out

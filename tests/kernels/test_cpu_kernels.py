@@ -2,6 +2,7 @@
 or in a batch. What they compute is judged by test_gather.py and test_attention.py."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tolkernels import add_rows, decode_attention, rms_norm, store_kv
-from tolkernels.attention import decode_attention_torch, store_kv_torch
+from tolkernels import add_rows, chunk_attention, decode_attention, rms_norm, store_kv
+from tolkernels.attention import chunk_attention_torch, decode_attention_torch, store_kv_torch
 from tolkernels.cpu import isa, library
 from tolkernels.dispatch import use_compiled
 from tolkernels.gather import add_rows_torch, rms_norm_torch
@@ -18,7 +19,7 @@ from tolkernels.gather import add_rows_torch, rms_norm_torch
 if library() is None:
     pytest.skip("the CPU kernels are not built", allow_module_level=True)
 
-from tolkernels.attention_cpu import decode_attention_cpu, store_kv_cpu
+from tolkernels.attention_cpu import chunk_attention_cpu, decode_attention_cpu, store_kv_cpu
 from tolkernels.gather_cpu import add_rows_cpu, rms_norm_cpu
 
 LEVELS = range(1, isa() + 1)
@@ -173,6 +174,55 @@ def test_a_sequences_attention_is_its_own(dtype: torch.dtype, kv_heads: int, gro
 
 @settings(max_examples=40)
 @given(
+    length=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 200])),
+    count=st.integers(1, 200),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    size=st.sampled_from([2, 30, 64, 80, 128]),
+    block_size=st.sampled_from([1, 7, 16, 100]),
+    dtype=st.sampled_from(CACHE_DTYPES),
+    seed=seeds,
+)
+def test_a_chunk_attends_as_the_twin_does_and_reads_nothing_past_its_end(
+    length: int, count: int, kv_heads: int, group: int, size: int, block_size: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    cache, count = paged([length], kv_heads, size, block_size, dtype), min(count, length)
+    q, table = torch.randn(count, 2 * kv_heads * group, size)[:, ::2], cache.tables[0]
+    expected = chunk_attention_torch(q, cache.keys, cache.values, table, length)
+    assert torch.equal(expected.isnan(), torch.zeros_like(q, dtype=torch.bool))
+    for level in LEVELS:
+        close(chunk_attention_cpu(q, cache.keys, cache.values, table, length, level=level), expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize(("kv_heads", "group", "size"), [(3, 1, 64), (1, 2, 40)])
+def test_a_tokens_attention_is_the_same_in_any_chunk(dtype: torch.dtype, kv_heads: int, group: int, size: int) -> None:
+    """However a prompt is split, with any number of threads."""
+    torch.manual_seed(4)
+    cache, q = paged([300], kv_heads, size, 16, dtype), torch.randn(300, kv_heads * group, size)
+    for level in LEVELS:
+
+        def attend(start: int, end: int, threads: int = 2, level: int = level) -> Tensor:
+            keys, values, table = cache.keys, cache.values, cache.tables[0]
+            return chunk_attention_cpu(q[start:end], keys, values, table, end, level=level, threads=threads)
+
+        whole = attend(0, 300)
+        assert all(torch.equal(attend(0, 300, threads), whole) for threads in (1, 3, 8))
+        for cuts in ([0, 1, 64, 65, 300], [0, 130, 163, 299, 300], [0, 17, 34, 51, 300]):
+            parts = [attend(start, end) for start, end in pairwise(cuts)]
+            assert torch.equal(torch.cat(parts), whole)
+
+
+def test_decoding_is_a_chunk_of_one() -> None:
+    torch.manual_seed(6)
+    cache, q = paged([150], 2, 64, 16, torch.bfloat16), torch.randn(1, 6, 64)
+    found = chunk_attention(q, cache.keys, cache.values, cache.tables[0], 150)
+    close(found, decode_attention(q, cache.keys, cache.values, cache.tables, cache.lengths), 1e-5)
+
+
+@settings(max_examples=40)
+@given(
     tokens=st.integers(0, 6),
     heads=st.tuples(st.integers(1, 3), st.integers(1, 4)),
     size=st.sampled_from([2, 30, 64, 128]),
@@ -257,6 +307,29 @@ def test_a_length_or_block_out_of_range_is_refused(length: int, block: int) -> N
     lengths = torch.tensor([1, length], dtype=torch.int32)
     with pytest.raises(IndexError, match="of sequence 1"):
         decode_attention(torch.zeros(2, 1, 4), keys, values, tables, lengths)
+
+
+@pytest.mark.parametrize("block", [-1, 2])
+def test_a_chunks_block_out_of_range_is_refused(block: int) -> None:
+    table = torch.tensor([0, block, -1], dtype=torch.int32)
+    keys, values = torch.zeros(2, 2, 16, 1, 4)
+    chunk_attention(torch.zeros(3, 1, 4), keys, values, table, 16)  # it has one block alone
+    with pytest.raises(IndexError, match="out of range"):
+        chunk_attention(torch.zeros(3, 1, 4), keys, values, table, 17)
+
+
+def test_what_a_chunk_cannot_be_is_refused_by_name() -> None:
+    keys, values = torch.zeros(2, 2, 16, 1, 4)
+    good = {"q": torch.zeros(3, 1, 4), "table": torch.zeros(2, dtype=torch.int32), "length": 16}
+    for name, value in {
+        "q": torch.zeros(3, 1, 5),
+        "table": torch.zeros(2, dtype=torch.int64),
+        "length": 2,
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            chunk_attention(keys=keys, values=values, **good | {name: value})
+    with pytest.raises(ValueError, match="length"):
+        chunk_attention(keys=keys, values=values, **good | {"length": 33})
 
 
 def test_who_computes_in_another_precision_keeps_the_twin() -> None:

@@ -67,6 +67,14 @@ typedef struct {
 // computed with. A unit's tile of both fills 128 KiB of the second-level cache.
 enum { TILE = 64 };
 
+// Queries of a chunk that a unit of work has: their scores, values and a tile's keys take 64 KiB at 64 values a head.
+enum { QUERIES = 64 };
+
+typedef struct {
+    Attention attention;  // of one sequence
+    long queries;         // its last positions
+} Chunk;
+
 // Where the tile's positions from `start` on lie in the cache, in bytes; returns how many there are. The last one fills
 // the places that are left.
 INLINE long find(const Attention *a, long b, long start, long head_bytes, long *at) {
@@ -138,6 +146,14 @@ TARGET INLINE __m256 NAME(whole)(const char *from, int dtype) {
 #define PARALLEL_BYTES (64 * 1024)
 
 typedef void Attend(const Attention *, long, long, long);
+typedef void AttendChunk(const Chunk *, long, long);
+
+static int in_range(const Attention *a, long b, long blocks) {
+    if (a->lengths[b] < 1 || a->lengths[b] > a->max_blocks * a->block_size) return 0;
+    for (long i = 0; i <= (a->lengths[b] - 1) / a->block_size; i++)
+        if (a->tables[b * a->max_blocks + i] < 0 || a->tables[b * a->max_blocks + i] >= blocks) return 0;
+    return 1;
+}
 
 // Returns -1, or the first sequence whose length or block is out of range; then nothing is written.
 long tk_decode_attention(const float *q, const void *keys, const void *values, const int32_t *tables,
@@ -147,9 +163,7 @@ long tk_decode_attention(const float *q, const void *keys, const void *values, c
                          kv_heads, heads / kv_heads, size,   max_blocks, block_size, scale};
     long positions = 0;
     for (long b = 0; b < batch; b++) {
-        if (lengths[b] < 1 || lengths[b] > max_blocks * block_size) return b;
-        for (long i = 0; i <= (lengths[b] - 1) / block_size; i++)
-            if (tables[b * max_blocks + i] < 0 || tables[b * max_blocks + i] >= blocks) return b;
+        if (!in_range(&a, b, blocks)) return b;
         positions += lengths[b];
     }
     static Attend *const functions[2][3] = {
@@ -164,5 +178,25 @@ long tk_decode_attention(const float *q, const void *keys, const void *values, c
         const long first = i % units * unit, last = first + unit < kv_heads ? first + unit : kv_heads;
         attend(&a, i / units, first, last);
     }
+    return -1;
+}
+
+// The last `queries` positions of a sequence. Returns -1, or 0 if its length or a block is out of range.
+long tk_chunk_attention(const float *q, const void *keys, const void *values, const int32_t *table, int32_t length,
+                        float *out, long queries, long heads, long kv_heads, long size, long blocks, long max_blocks,
+                        long block_size, float scale, int dtype, int level, int threads) {
+    const Attention a = {q,        keys,           values, table,     &length,    out,
+                         kv_heads, heads / kv_heads, size,   max_blocks, block_size, scale};
+    if (!in_range(&a, 0, blocks) || queries > length) return 0;
+    const Chunk chunk = {a, queries};
+    static AttendChunk *const functions[2][3] = {
+        {avx2_chunk_FLOAT32, avx2_chunk_FLOAT16, avx2_chunk_BFLOAT16},
+        {avx512_chunk_FLOAT32, avx512_chunk_FLOAT16, avx512_chunk_BFLOAT16},
+    };
+    AttendChunk *const attend = functions[level == ISA_AVX512][dtype];
+    const long tiles = (queries + QUERIES - 1) / QUERIES;
+    // The last queries, which see most, come first: what remains at the end is short.
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (long i = 0; i < heads * tiles; i++) attend(&chunk, i % heads, (tiles - 1 - i / heads) * QUERIES);
     return -1;
 }

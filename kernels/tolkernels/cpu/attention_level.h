@@ -118,20 +118,122 @@ FORCE void NAME(attend)(const Attention *a, long b, long first, long last, int d
         for (long i = 0; i < size; i++) to[h * size + i] = ((float *)sums[h])[i] / softmax[h].total;
 }
 
+// c [rows][width] += a b, where a's number at (r, k) lies at a[r * a_row + k * a_step] and b is [depth][width]. `rows` is a
+// multiple of ROWS, and `width` is even. Each sum is one chain in the order of k.
+enum { NAME(ROWS) = VL / 2 };
+FORCE void NAME(product)(const float *a, long a_row, long a_step, const VF *b, VF *c, long width, long rows, long depth) {
+    for (long r = 0; r < rows; r += NAME(ROWS))
+        for (long x = 0; x < width; x += 2) {
+            VF sums[NAME(ROWS)][2];
+#pragma GCC unroll 8
+            for (long i = 0; i < NAME(ROWS); i++)
+#pragma GCC unroll 2
+                for (long n = 0; n < 2; n++) sums[i][n] = c[(r + i) * width + x + n];
+            for (long k = 0; k < depth; k++)
+#pragma GCC unroll 8
+                for (long i = 0; i < NAME(ROWS); i++)
+#pragma GCC unroll 2
+                    for (long n = 0; n < 2; n++)
+                        sums[i][n] += a[(r + i) * a_row + k * a_step] * b[k * width + x + n];
+#pragma GCC unroll 8
+            for (long i = 0; i < NAME(ROWS); i++)
+#pragma GCC unroll 2
+                for (long n = 0; n < 2; n++) c[(r + i) * width + x + n] = sums[i][n];
+        }
+}
+
+// A tile's positions of one head as floats [TILE][padded], zeros behind a head's end and behind the last position.
+FORCE void NAME(widen)(const char *values, const long *at, long tile, int dtype, long size, long padded, float *to) {
+    for (long j = 0; j < TILE; j++)
+        for (long i = 0; i < padded; i += VL) {
+            VF *found = (VF *)(to + j * padded + i);
+            *found = j < tile && i < size ? NAME(values)(values + at[j], i, size, dtype) : (VF){0};
+        }
+}
+
+// Makes shares of scores [TILE][width] of positions from `start` on, whose first query is at position `first`, and
+// shrinks the sums [padded][width] so far.
+FORCE void NAME(causal_shares)(VF *scores, long start, long first, VF *largest, VF *total, VF *sums, long width,
+                               long padded) {
+    for (long x = 0; x < width; x++) {
+        VI seen;  // how many positions of the tile each query may see
+        for (long i = 0; i < VL; i++) seen[i] = (int32_t)(first + x * VL + i - start + 1);
+        VF most = largest[x];
+        for (int32_t j = 0; j < TILE; j++) {
+            const VF score = scores[j * width + x];
+            const VI better = (seen > j) & (score > most);
+            most = (VF)((better & (VI)score) | (~better & (VI)most));
+        }
+        VF sum = {0};
+        for (int32_t j = 0; j < TILE; j++) {
+            const VF share = NAME(exp)(scores[j * width + x] - most);
+            sum += scores[j * width + x] = (VF)((seen > j) & (VI)share);
+        }
+        const VF shrink = NAME(exp)(largest[x] - most);
+        total[x] = total[x] * shrink + sum;
+        largest[x] = most;
+        for (long i = 0; i < padded; i++) sums[i * width + x] *= shrink;
+    }
+}
+
+// Queries [first, first + QUERIES) of a chunk, or as many as there are, of one head. All is computed with a query in a
+// lane: nothing of it depends on the queries beside it.
+FORCE void NAME(attend_chunk)(const Chunk *c, long head, long first, int dtype, long size) {
+    const Attention *a = &c->attention;
+    const long queries = c->queries - first < QUERIES ? c->queries - first : QUERIES;
+    const long width = (queries + 2 * VL - 1) / (2 * VL) * 2, padded = (size + VL - 1) / VL * VL;
+    const long stride = a->kv_heads * a->group * size, at_first = (first * a->kv_heads * a->group + head) * size;
+    const long head_bytes = size * bytes_of(dtype), offset = head / a->group * head_bytes;
+    VF q[size][width], sums[padded][width], scores[TILE][width], largest[width], total[width];
+    VF wide[TILE * padded / VL];
+    memset(q, 0, sizeof q);
+    memset(sums, 0, sizeof sums);
+    for (long t = 0; t < queries; t++)
+        for (long i = 0; i < size; i++) ((float *)q[i])[t] = a->q[at_first + t * stride + i];
+    for (long x = 0; x < width; x++) {
+        for (long i = 0; i < size; i++) q[i][x] *= a->scale;
+        largest[x] = (VF){0} - __builtin_inff();
+        total[x] = (VF){0};
+    }
+    const long begin = a->lengths[0] - c->queries + first, end = begin + queries;  // positions of the queries
+    for (long start = 0, at[TILE]; start < end; start += TILE) {
+        long tile = find(a, 0, start, head_bytes, at);
+        if (tile > end - start) tile = end - start;
+        NAME(widen)(a->keys + offset, at, tile, dtype, size, padded, (float *)wide);
+        memset(scores, 0, sizeof scores);
+        NAME(product)((float *)wide, padded, 1, q[0], scores[0], width, TILE, size);
+        NAME(causal_shares)(scores[0], start, begin, largest, total, sums[0], width, padded);
+        NAME(widen)(a->values + offset, at, tile, dtype, size, padded, (float *)wide);
+        NAME(product)((float *)wide, 1, padded, scores[0], sums[0], width, padded, tile);
+    }
+    for (long i = 0; i < size; i++)
+        for (long x = 0; x < width; x++) sums[i][x] /= total[x];
+    for (long t = 0; t < queries; t++)
+        for (long i = 0; i < size; i++) a->out[at_first + t * stride + i] = ((float *)sums[i])[t];
+}
+
+// Head sizes that most models have are constants.
+#define SIZED(function, dtype, ...) \
+    if (a->size == 64) \
+        NAME(function)(__VA_ARGS__, dtype, 64); \
+    else if (a->size == 128) \
+        NAME(function)(__VA_ARGS__, dtype, 128); \
+    else \
+        NAME(function)(__VA_ARGS__, dtype, a->size);
 #define ONE(dtype) \
     static TARGET void NAME(attend_##dtype)(const Attention *a, long b, long first, long last) { \
-        if (a->size == 64) \
-            NAME(attend)(a, b, first, last, dtype, 64); \
-        else if (a->size == 128) \
-            NAME(attend)(a, b, first, last, dtype, 128); \
-        else \
-            NAME(attend)(a, b, first, last, dtype, a->size); \
+        SIZED(attend, dtype, a, b, first, last) \
+    } \
+    static TARGET void NAME(chunk_##dtype)(const Chunk *c, long head, long first) { \
+        const Attention *a = &c->attention; \
+        SIZED(attend_chunk, dtype, c, head, first) \
     }
 ONE(FLOAT32)
 ONE(FLOAT16)
 ONE(BFLOAT16)
 
 #undef ONE
+#undef SIZED
 #undef FORCE
 #undef VF
 #undef VI

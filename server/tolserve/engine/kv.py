@@ -5,10 +5,9 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tolkernels import decode_attention, store_kv
+from tolkernels import chunk_attention, decode_attention, store_kv
 from tolserve.engine.inputs import StepInputs
 from tolserve.engine.sequence import Chunk
 from tolserve.model.blocks import rotary_tables
@@ -67,8 +66,8 @@ class MixedAttention:
         at = [index for index, chunk in enumerate(chunks) if chunk.count == 1]
         self._singles = torch.tensor([rows[index] for index in at], dtype=torch.int64, device=inputs.tokens.device)
         self._tables, self._lengths = inputs.tables[at], inputs.lengths[at]
-        self._pieces = [
-            _Piece(chunk, slice(rows[index], rows[index + 1]), inputs.tables[index], kv.block_size)
+        self._pieces = [  # rows of the step, the sequence's table, its tokens so far
+            (slice(rows[index], rows[index + 1]), inputs.tables[index], chunk.end)
             for index, chunk in enumerate(chunks)
             if chunk.count > 1
         ]
@@ -79,31 +78,9 @@ class MixedAttention:
         out = torch.empty_like(q)
         if len(self._singles):
             out[self._singles] = decode_attention(q[self._singles], keys, values, self._tables, self._lengths)
-        for piece in self._pieces:
-            out[piece.rows] = piece.attend(q, keys, values)
+        for rows, table, length in self._pieces:
+            out[rows] = chunk_attention(q[rows], keys, values, table, length)
         return out.flatten(1)
-
-
-class _Piece:
-    """One chunk of several tokens, attending over the sequence so far."""
-
-    def __init__(self, chunk: Chunk, rows: slice, table: Tensor, block_size: int) -> None:
-        self.rows, self._length = rows, chunk.end
-        self._table = table[: -(-chunk.end // block_size)]
-        self._mask: Tensor | None = None  # a chunk from the start on is plainly causal
-        if chunk.start:
-            at = torch.arange(chunk.start, chunk.end, device=table.device)
-            self._mask = torch.arange(chunk.end, device=table.device) <= at[:, None]  # [count, context]
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        k, v = (
-            cache[self._table].flatten(0, 1)[: self._length].transpose(0, 1).to(q.dtype) for cache in (keys, values)
-        )
-        query = q[self.rows].transpose(0, 1)
-        out = F.scaled_dot_product_attention(
-            query[None], k[None], v[None], attn_mask=self._mask, is_causal=self._mask is None, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
 
 
 def step_attention(kv: KVCache, chunks: list[Chunk], inputs: StepInputs) -> Attend:
