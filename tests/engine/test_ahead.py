@@ -1,6 +1,5 @@
 """Steps launched ahead of the host's knowledge give what steps one by one give, and leave nothing behind."""
 
-import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,16 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.driver import Answer, Answers, OpenEngine, assert_idle, collect, finish, request, serve, submit
+from engine.flights import ORDERS, open_ahead, requests_of
 from engine.lagging import Late
 from engine.test_engine import assert_same_output, prompt_of
 from tol.tables import flip_byte, value
-from tolserve.engine.ahead import LookaheadEngine
-from tolserve.engine.assemble import assemble
-from tolserve.engine.config import EngineSettings
-from tolserve.engine.graphs import Launch
 from tolserve.engine.request import Request
 from tolserve.model.build import build_table
-from tolserve.tol.slotmap import Maps, SlotMap
 from tolserve.tol.table import Table
 
 TIERS: list[dict[str, Any]] = [
@@ -31,35 +26,6 @@ TIERS: list[dict[str, Any]] = [
     {"device_cache": "30", "host_cache": "100%"},
     {"device_cache": "16", "max_num_batched_tokens": 16},
 ]
-
-
-@contextlib.contextmanager
-def open_ahead(model_dir: Path, cache_dir: Path, late: Late | None = None, **options: Any) -> Iterator[LookaheadEngine]:
-    """`late` patches the device's classes; see there."""
-    told = EngineSettings(model=str(model_dir), cache_dir=str(cache_dir), device="cpu", **options)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if late is not None:
-            late.patch(monkeypatch)
-        engine = assemble(told, ahead=True)
-        assert isinstance(engine, LookaheadEngine)
-        if late is not None:
-            late.slow_down(engine)
-        try:
-            yield engine
-        finally:
-            engine.close()
-
-
-def requests_of(seed: int, count: int = 10) -> list[Request]:
-    """Short and long, greedy and drawn; one in eight wants log-probabilities, which no step runs ahead of."""
-    dice = random.Random(seed)
-    requests = []
-    for index in range(count):
-        drawn = {"temperature": 0.9, "top_k": 50, "seed": index} if dice.random() < 0.3 else {}
-        scored = {"logprobs": 2} if dice.random() < 0.12 else {}
-        prompt = prompt_of(dice.choice([1, 2, 3, 9, 25, 40]), seed * 100 + index)
-        requests.append(request(f"r{index}", prompt, dice.randrange(1, 24), **drawn, **scored))
-    return requests
 
 
 Alone = Callable[[int], Answers]
@@ -219,63 +185,6 @@ def test_a_table_is_exchanged_between_two_steps(
         finish(engine, answers)
         assert {n: a.tokens for n, a in answers.items()} == {n: a.tokens for n, a in alone(1).items()}
         assert_idle(engine)
-
-
-def _never_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SlotMap, "remove", lambda self, token: self._come.pop(token, None))
-
-
-def _shown_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    put = SlotMap.put
-    monkeypatch.setattr(SlotMap, "put", lambda self, token, place, event: put(self, token, place, None))
-
-
-def _read_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Launch) -> tuple[list[int], list[bool]]:
-        tokens, missed = self._result[:, : self._count].tolist()
-        return tokens, [bool(flag) for flag in missed]
-
-    monkeypatch.setattr(Launch, "read", read)
-
-
-def _not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step's records are given up while it runs."""
-    settle = LookaheadEngine._settle
-
-    def settled(self: LookaheadEngine, flight: Any) -> None:
-        settle(self, flight)
-        if self.pager is not None:
-            for lease in flight.leases():
-                self.pager.release(lease, over=True)
-
-    monkeypatch.setattr(LookaheadEngine, "_settle", settled)
-
-
-def _not_lent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records that a step reads in host memory may be overwritten there."""
-    monkeypatch.setattr(Maps, "in_place", lambda self, token: False)
-
-
-def _one_staging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch writes into the buffer that the one before it still copies from."""
-    slow_down = Late.slow_down
-
-    def slowed(self: Late, engine: LookaheadEngine) -> None:
-        slow_down(self, engine)
-        engine.decoder._stagings = engine.decoder._stagings[:1] * 2
-
-    monkeypatch.setattr(Late, "slow_down", slowed)
-
-
-ORDERS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "nothing": lambda monkeypatch: None,
-    "a victim's entry is cleared before its slot is used again": _never_cleared,
-    "an entry is set behind its fill": _shown_too_early,
-    "the host reads tokens behind the step": _read_too_early,
-    "a step's records are pinned until it is over": _not_pinned,
-    "what a step reads in host memory stays there": _not_lent,
-    "a buffer is written when the copy out of it is through": _one_staging,
-}
 
 
 @pytest.mark.parametrize("name", ORDERS)

@@ -13,6 +13,7 @@ never read, by whoever has the blocks after it: they may be freed while the step
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tolserve.engine.engine import Engine, Output, _count, _scores
@@ -36,10 +37,12 @@ class Flight:
     launch: Launch
     launched: float
     absent: list[Sequence] = field(default_factory=list)  # not in it: their records are to be asked for
+    lease: Lease | None = None  # of what was looked up for it
     stall: float = 0.0
 
     def leases(self) -> set[Lease]:
-        return {row.lease for row in self.rows if row.lease is not None}
+        """Its own, and those of rows that were looked up for an earlier step."""
+        return {lease for lease in (self.lease, *(row.lease for row in self.rows)) if lease is not None}
 
 
 class LookaheadEngine(Engine):
@@ -104,7 +107,7 @@ class LookaheadEngine(Engine):
             self._let_go([lease] if lease is not None else [])
             return failures
         rows = [Row(chunk.sequence, chunk.start, chunk.tokens[0], lease=lease) for chunk in chunks]
-        self._flight = Flight(rows, self.decoder.launch(rows), time.monotonic(), stall=stall)
+        self._flight = Flight(rows, self.decoder.launch(rows), time.monotonic(), lease=lease, stall=stall)
         self._tell(chunks)
         return []
 
@@ -167,13 +170,14 @@ class LookaheadEngine(Engine):
             row.void = not self.pager.reach(row.sequence.tokens[row.position])
         chunks = [Chunk(row.sequence, row.position, 1) for row in fresh]
         chunks += [Chunk(sequence, sequence.computed, 1) for sequence in absent]
-        lease = self._acquire(chunks, launched=True)
+        returned = [row.token for row in flight.rows if row.lease is not None]
+        lease = self._acquire(chunks, partial(self.pager.settle, held=returned))
+        flight.lease = lease
         for row in fresh:
             row.lease = lease
         late = absent + [row.sequence for row in fresh if row.void]
         if lease is not None:
             self._late |= {sequence.request_id: lease for sequence in late}
-            self._let_go([lease])  # if nobody has use for it
         self.metrics.sat_out.add(len(late))
         self._tell(chunks)
 

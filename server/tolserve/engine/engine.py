@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -207,13 +207,13 @@ class Engine:
             for chunk in chunks:
                 _tell(self.pager, chunk)
 
-    def _acquire(self, chunks: list[Chunk], launched: bool = False) -> Lease | None:
-        """Pin the step's records, then let the reads for coming steps run while this one computes; it may have been
-        `launched` already."""
+    def _acquire(self, chunks: list[Chunk], claim: Callable[[list[int]], Lease] | None = None) -> Lease | None:
+        """Pin the step's records, by Pager.acquire or as told, then let the reads for coming steps run while this one
+        computes."""
         if self.pager is None:
             return None
         tokens = [token for chunk in chunks for token in chunk.tokens]
-        claim = self.pager.settle if launched else self.pager.acquire
+        claim = claim if claim is not None else self.pager.acquire
         lease = claim(_distinct(tokens))  # first, since its reads are what the step may wait for
         if self.recorder is not None:
             self.recorder.runs(tokens)

@@ -160,15 +160,16 @@ class Pager:
             raise RuntimeError("this pager keeps no maps on the device")
         return self.maps
 
-    def settle(self, tokens: Sequence[int]) -> Lease:
+    def settle(self, tokens: Sequence[int], held: Sequence[int] = ()) -> Lease:
         """`acquire` for the step that was launched blind, now that its tokens are known. Ask `reach` before it:
         that is what the step saw.
 
         A record that it reads in host memory stays there until the release, which copies it up: a miss without a stall.
+        That goes for `held` tokens too, which the step runs as well and which another lease has.
         """
         maps = self._mapped()
         maps.blind = False
-        in_place = [token for token in self._distinct(tokens) if maps.in_place(token)]
+        in_place = [token for token in self._distinct([*tokens, *held]) if maps.in_place(token)]
         for token in in_place:
             self.host.lend(token)
         try:
