@@ -35,7 +35,7 @@ class CompletionShape:
     def whole(self, index: int, piece: Piece) -> dict[str, Any]:
         echo = self._echo and index not in self._shift
         prompt = self._prompts[index // self._n] if echo else Prompt(())
-        prompt_text, prompt_offsets = lay_out(self._tokenizer, prompt)
+        prompt_text, prompt_offsets = lay_out(self._tokenizer, prompt) if echo else ("", [])
         shift = self._shift.setdefault(index, len(prompt_text))
         logprobs = None
         if self._logprobs:

@@ -21,6 +21,8 @@ from tolserve.engine.request import Delta, FinishReason, Request, TokenLogprob, 
 
 T = TypeVar("T")
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes one at every call
+
 
 @dataclass
 class Piece:
@@ -263,7 +265,7 @@ async def _events(http: HttpRequest, first: tuple[int, Piece], rest: Pieces, ans
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _to_json(body).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):
