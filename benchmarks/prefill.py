@@ -56,8 +56,8 @@ def fill_with_others(engine: ForcedEngine, prompt: list[int], trace: Trace) -> N
     if pager is None:
         return
     slots = pager.slots
-    pager.resize(device_slots=1)  # forgets all records but one
-    pager.resize(device_slots=slots)
+    engine.engine.resize("1", None)  # forgets all records but one
+    engine.engine.resize(str(slots), None)
     others = np.setdiff1d(trace[: 64 * slots], prompt)
     pager.preload(others[:slots].tolist())
 
