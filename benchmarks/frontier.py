@@ -49,7 +49,7 @@ class Point:
         self.peer.ask("start", prompts=text.prompts)
         tokens = text.take(1 + steps)
         before = self.peer.ask("facts").get("counters", {})
-        self.seconds.append(statistics.median(self.peer.ask("steps", tokens=tokens)["seconds"][1:]))
+        self.seconds.append(statistics.fmean(self.peer.ask("steps", tokens=tokens)["seconds"][1:]))
         self.facts = self.peer.ask("facts")
         after = self.facts.pop("counters", {})
         for name in COUNTED if self.table else ():

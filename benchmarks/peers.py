@@ -5,9 +5,10 @@
 
 The peers run a dense LLaMA; ours runs the MemoryLLM of the same size over a table on disk, with a device cache of a
 quarter of the feed-forward weights' bytes. All are loaded once, each in a process of its own (peer.py), and take turns
-round by round; whoever waits is stopped. A turn is one untimed step and --steps timed ones. Ratios are medians over
-rounds of peer's time / ours. A peer whose interpreter is not given is left out. The 16-bit peers and the int8 ones run
-in two groups, so that 24 GB of RAM hold each. --size small runs everything in a minute; its speeds say nothing.
+round by round; whoever waits is stopped. A turn is one untimed step and --steps timed ones, whose mean counts. Ratios
+are medians over rounds of peer's time / ours. A peer whose interpreter is not given is left out. The 16-bit peers and
+the int8 ones run in two groups, so that 24 GB of RAM hold each. --size small runs everything in a few minutes; its
+speeds say nothing.
 """
 
 import argparse
@@ -112,7 +113,7 @@ def measure_decode(peers: list[PeerProcess], trace: Trace, batch: int, context: 
         tokens = text.take(1 + args.steps)
         for peer in peers:
             seconds = peer.ask("steps", tokens=tokens)["seconds"]
-            times[peer.name].append(statistics.median(seconds[1:]))
+            times[peer.name].append(statistics.fmean(seconds[1:]))
     return compared(times)
 
 
@@ -138,8 +139,9 @@ def compared(times: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def measure_group(start: list[Any], trace: Trace, args: argparse.Namespace) -> dict[str, Any]:
-    result: dict[str, Any] = {"decode": {}}
+def measure_group(result: dict[str, Any], start: list[Any], trace: Trace, args: argparse.Namespace) -> None:
+    """Fills `result` as it goes: what was measured stays when a peer fails."""
+    result["decode"] = {}
     with ExitStack() as stack:
         peers = []
         for make in start:
@@ -154,7 +156,6 @@ def measure_group(start: list[Any], trace: Trace, args: argparse.Namespace) -> d
         result["first_token"] = measure_first_token(peers, trace, args)
         tell(f"first token of {FIRST_TOKEN_PROMPT}", result["first_token"])
         result["facts"] = {peer.name: peer.ask("facts") for peer in peers}
-    return result
 
 
 def tell_ready(peer: PeerProcess) -> None:
@@ -216,8 +217,11 @@ def main() -> None:
     args.room = args.rounds * (args.steps + 1) + 1
     report = machine(args.device) | {"device_cache_bytes": quarter_of_ffn(args.config("base")), "groups": {}}
     for name, start in groups(args):
-        report["groups"][name] = measure_group(start, trace[len(trace) // 2 :], args)
-        write(report, args.out)  # a later group may fail
+        report["groups"][name] = {}
+        try:
+            measure_group(report["groups"][name], start, trace[len(trace) // 2 :], args)
+        finally:
+            write(report, args.out)
 
 
 if __name__ == "__main__":
