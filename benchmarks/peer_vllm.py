@@ -19,15 +19,11 @@ GIB = 1 << 30
 
 class VLLM:
     def __init__(self, options: dict[str, Any]) -> None:
-        """options: shape (a LLaMA's config.json), dtype, sequences, longest, most_tokens, threads."""
+        """options: shape (a LLaMA's config.json), dtype, sequences, longest, most_tokens."""
         shape = options["shape"]
         self._kv_bytes = 2 * 2 * shape["num_hidden_layers"] * shape["hidden_size"]  # 16 bits
         kv = self._kv_bytes * (options["most_tokens"] + 128 * options["sequences"])  # 128: its block size on CPU
-        os.environ |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": str(-(-kv // GIB)),
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{options['threads'] - 1}",
-        }
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": str(-(-kv // GIB))}
         from vllm.engine.arg_utils import EngineArgs  # reads the environment when it is imported
         from vllm.v1.engine.llm_engine import LLMEngine
 
