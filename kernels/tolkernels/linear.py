@@ -81,9 +81,9 @@ def linear(x: Tensor, weight: Weight, residual: Tensor | None = None) -> Tensor:
 
     The compiled CPU kernels compute in float32. With 8 and 4 bit weights they round a token's activations to 16-bit
     integers, which moves an output by at most the token's largest magnitude / 65,534 times the row's sum of magnitudes;
-    a token with a NaN or an infinity gets NaN there. A token's result depends neither on the other tokens nor on the
-    number of threads. On CUDA sums are float32 too, but int4 values times their scales are rounded to x's dtype unless
-    T is 1.
+    a token with a NaN or an infinity gets no finite number there. A token's result depends neither on the other tokens
+    nor on the number of threads. On CUDA sums are float32 too, but int4 values times their scales are rounded to x's
+    dtype unless T is 1.
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """

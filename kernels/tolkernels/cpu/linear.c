@@ -21,12 +21,12 @@ enum { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4, ENCODINGS };
 enum { PANEL = 32, GROUP = 32, MOST_TOKENS = 12 };
 // Products of |int16| <= 32767 and |int8| <= 127 that an int32 holds in any case.
 enum { EXACT_RUN = 512 };
-// Bytes in front of a pass over the weights that they are fetched into the L2 cache. Of distances from 512 to 24,576 this
-// was the fastest for all encodings (within 5% of it from 6,144 on), and L1 as the target no better. Without it a core
-// reads at half to two thirds of the rate of a plain sum over the same bytes, with it at .83 to .91.
+// Bytes in front of a pass over the weights that they are fetched into the L2 cache. Of distances from 512 to 24,576
+// this was the fastest for all encodings (within 5% of it from 6,144 on), and L1 as the target was slower. Without it a
+// core reads at half to two thirds of the rate of a plain sum over the same bytes, with it at .83 to .91.
 enum { AHEAD = 12288 };
-// Panels that a thread keeps in its L2 cache while all of a prompt's tokens go by; 256 KiB and 1 MiB were as fast. Writing
-// them down as floats first was not faster either (AVX512; with AVX2 by a tenth, from 128 tokens on).
+// Panels that a thread keeps in its L2 cache while all of a prompt's tokens go by; 256 KiB and 1 MiB were as fast.
+// Writing them down as floats first was not faster either (AVX512; with AVX2 by a tenth, from 128 tokens on).
 enum { KEPT_BYTES = 512 * 1024 };
 
 typedef struct {
@@ -57,7 +57,8 @@ INLINE long panel_bytes(int encoding, long inputs) { return inputs / unit_of(enc
 INLINE int lane_bytes(int encoding) { return encoding == FLOAT16 || encoding == INT8 ? 2 : 4; }
 
 INLINE const uint8_t *weights_at(const Weight *weight, int encoding, long output) {
-    return weight->data + output / PANEL * panel_bytes(encoding, weight->inputs) + output % PANEL * lane_bytes(encoding);
+    const long panel = panel_bytes(encoding, weight->inputs);
+    return weight->data + output / PANEL * panel + output % PANEL * lane_bytes(encoding);
 }
 
 INLINE const uint16_t *scales_at(const Weight *weight, long output, long input) {
@@ -155,7 +156,7 @@ static long packed_length(int encoding, long inputs) {
 // Tokens are cut into blocks as equal as can be. The first token of block b; that of b + 1 is its end.
 static long block_start(const Call *call, long b) { return call->tokens * b / call->weight.passes; }
 
-// A token as 16-bit integers; returns what one of them is worth. A NaN or an infinity makes that NaN.
+// A token as 16-bit integers; returns what one of them is worth. A NaN or an infinity makes that one too.
 AVX2 static float round_token(const float *x, long inputs, int16_t *to) {
     uint32_t largest = 0;
     for (long k = 0; k < inputs; k++) {
@@ -166,7 +167,6 @@ AVX2 static float round_token(const float *x, long inputs, int16_t *to) {
     }
     float magnitude;
     memcpy(&magnitude, &largest, 4);
-    if (!(magnitude <= 3.4028234e38f)) magnitude = __builtin_nanf("");
     const float scale = magnitude / 32767, inverse = magnitude > 1e-30f ? 32767 / magnitude : 0;
     for (long k = 0; k < inputs; k++) {
         const float shifted = x[k] * inverse + 12582912;  // 1.5 * 2^23: the rounded value is in the lowest bits
