@@ -196,14 +196,17 @@ FORCE void NAME(attend_chunk)(const Chunk *c, long head, long first, int dtype, 
         total[x] = (VF){0};
     }
     const long begin = a->lengths[0] - c->queries + first, end = begin + queries;  // positions of the queries
-    for (long start = 0, at[TILE]; start < end; start += TILE) {
-        long tile = find(a, 0, start, head_bytes, at);
-        if (tile > end - start) tile = end - start;
-        NAME(widen)(a->keys + offset, at, tile, dtype, size, padded, (float *)wide);
+    long at[2][TILE], turn = 0;
+    find(a, 0, 0, head_bytes, at[0]);
+    for (long start = 0; start < end; start += TILE, turn ^= 1) {
+        const long tile = end - start < TILE ? end - start : TILE, next = find(a, 0, start + TILE, head_bytes, at[!turn]);
+        NAME(widen)(a->keys + offset, at[turn], tile, dtype, size, padded, (float *)wide);
+        for (long j = 0; j < tile; j++) fetch(a->values + offset + at[turn][j], head_bytes);
+        for (long j = 0; j < next; j++) fetch(a->keys + offset + at[!turn][j], head_bytes);
         memset(scores, 0, sizeof scores);
         NAME(product)((float *)wide, padded, 1, q[0], scores[0], width, TILE, size);
         NAME(causal_shares)(scores[0], start, begin, largest, total, sums[0], width, padded);
-        NAME(widen)(a->values + offset, at, tile, dtype, size, padded, (float *)wide);
+        NAME(widen)(a->values + offset, at[turn], tile, dtype, size, padded, (float *)wide);
         NAME(product)((float *)wide, 1, padded, scores[0], sums[0], width, padded, tile);
     }
     for (long i = 0; i < size; i++)
