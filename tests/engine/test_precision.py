@@ -10,6 +10,7 @@ from engine.driver import OpenEngine, assert_idle, replay, request, serve, serve
 from engine.test_engine import STEP, mixed_requests, prompt_of
 from model.test_serving import logits_of, rows_of
 from tol.tables import value
+from tolkernels.cpu import library
 from tolserve.model.checkpoint import load_transformer
 from tolserve.model.serving import ServingModel
 
@@ -55,3 +56,16 @@ def test_scores_are_those_of_the_model_computed_whole(
     scores = [score for score in answer.prompt_logprobs or [] if score is not None] + answer.logprobs
     worst = float((torch.tensor([score.logprob for score in scores]) - exact).abs().max())
     assert worst < max(BOUNDS[each] for each in options.values())
+
+
+@pytest.mark.skipif(library() is None, reason="torch's products depend on the batch")
+@pytest.mark.parametrize("options", [{"weights": "auto"}, {"weights": "int8"}, {"weights": "int4"}], ids=name_of)
+def test_neighbours_change_no_bit_on_the_cpu(engine_of: OpenEngine, options: dict[str, Any]) -> None:
+    """With the compiled kernels, as long as no prompt is split in other places."""
+    alone = {}
+    with engine_of(device_cache="100%", **options) as engine:
+        for each in mixed_requests():
+            alone |= serve(engine, [each])
+    with engine_of(device_cache="100%", **options) as engine:
+        together = serve(engine, mixed_requests())
+    assert {name: answer.text for name, answer in together.items()} == {name: a.text for name, a in alone.items()}
