@@ -202,3 +202,43 @@ def test_each_order_is_missed_when_it_is_removed(
             except (RuntimeError, IndexError, KeyError):
                 noticed += 1
     assert (noticed > 0) == (name != "nothing")
+
+
+def test_who_is_gone_hears_nothing_of_a_step_that_a_change_cut_short(tiny_model_dir: Path, cache_dir: Path) -> None:
+    asked = [request(f"r{i}", [i + 1], 12) for i in range(3)]
+    with open_ahead(tiny_model_dir, cache_dir, device_cache="100%") as engine:
+        submit(engine, asked)
+        answers: Answers = {}
+        while len(answers) < 3 or engine._flight is None:
+            collect(answers, engine.step())
+        before = [len(answers[each.request_id].tokens) for each in asked]
+        engine.resize("50", None)
+        engine.abort("r1")
+        outputs = engine.step()
+        assert sorted(output.request_id for output in outputs) == ["r0", "r2"]
+        collect(answers, outputs)
+        finish(engine, answers)
+        assert [len(answers[each.request_id].tokens) for each in asked] == [12, before[1], 12]
+        assert_idle(engine)
+
+
+def test_whoever_waits_is_admitted_as_soon_as_there_is_room(tiny_model_dir: Path, cache_dir: Path) -> None:
+    """One that found none does not keep the others from running ahead, and comes when one of them has ended."""
+    waiting = request("waits", range(2, 60), 2)
+    with open_ahead(tiny_model_dir, cache_dir, device_cache="100%", kv_cache="32KiB", max_model_len=128) as engine:
+        submit(engine, [request("short", [1], 9), request("long", range(64), 40)])
+        answers: Answers = {}
+        while engine._flight is None:
+            collect(answers, engine.step())
+        submit(engine, [waiting])
+        ahead = 0
+        while answers["short"].finish_reason is None:
+            collect(answers, engine.step())
+            ahead += engine._flight is not None
+        assert ahead > 5
+        assert "waits" not in answers
+        while "waits" not in answers:
+            collect(answers, engine.step())
+        assert answers["long"].finish_reason == "length"
+        finish(engine, answers)
+        assert_idle(engine)

@@ -24,10 +24,6 @@ from tolserve.tol.lease import Lease
 from tolserve.tol.pager import RecordsUnavailable
 from tolserve.tol.view import CacheSizes
 
-# Steps ahead before waiting sequences are tried again that found no room beside those that decode. Trying costs the
-# device a wait of about 0.2 ms for the host; room comes when a sequence ends, which is noticed at once.
-_RETRY = 16
-
 
 @dataclass(eq=False)
 class Flight:
@@ -54,7 +50,7 @@ class LookaheadEngine(Engine):
         self._flight: Flight | None = None
         self._late: dict[str, Lease] = {}  # of sequences that wait for their record, by request id
         self._kept: list[Output] = []  # of a step that was cut short by a change
-        self._refused = 0  # steps for which nobody who waits need be tried again
+        self._full = False  # nobody who waits finds room beside those that decode, until one of them ends
         self._landed = 0.0  # when a step was last read
 
     @property
@@ -62,11 +58,12 @@ class LookaheadEngine(Engine):
         return super().busy or self._flight is not None or bool(self._kept)
 
     def add(self, request: Request) -> Failure | None:
-        self._refused = 0
+        self._full = False
         return super().add(request)
 
     def abort(self, request_id: str) -> None:
-        self._refused = 0
+        self._full = False
+        self._kept = [output for output in self._kept if output.request_id != request_id]
         super().abort(request_id)
         if (lease := self._late.pop(request_id, None)) is not None:
             self._let_go([lease])
@@ -91,7 +88,7 @@ class LookaheadEngine(Engine):
         chunks = self._choose_chunks()
         if not all(chunk.count == 1 and chunk.samples for chunk in chunks):
             return self.run(chunks)
-        self._refused = _RETRY
+        self._full = True
         return self._start(chunks) if chunks else []
 
     def _start(self, chunks: list[Chunk]) -> list[Output]:
@@ -115,7 +112,7 @@ class LookaheadEngine(Engine):
         """Launch the step after `flight`; None where the host must see its outputs first."""
         scheduler, pager = self.scheduler, self.pager
         seats = len(scheduler.running) < scheduler.max_seqs
-        if scheduler.waiting and seats and not self._refused:
+        if scheduler.waiting and seats and not self._full:
             return None
         if _scored(row.sequence for row in flight.rows):
             return None  # they are computed of logits that the next step overwrites
@@ -129,7 +126,6 @@ class LookaheadEngine(Engine):
             if pager.pinned + len(rows) + len(absent) > pager.slots:
                 return None
             pager.launch_blind()
-        self._refused = max(0, self._refused - 1)
         for row in rows:
             self._late.pop(row.sequence.request_id, None)
         return Flight(rows, self.decoder.launch(rows), time.monotonic(), absent)
@@ -220,7 +216,8 @@ class LookaheadEngine(Engine):
     def _drain(self) -> None:
         """Have nothing on its way."""
         if (flight := self._flight) is not None:
-            self._kept += self._land(flight)
+            outputs = self._land(flight)
+            self._kept += outputs
             self._flight = None
             self._let_go(flight.leases())
         self._forget_late()
