@@ -13,6 +13,7 @@ class Sequence:
     request: Request
     arrived: float  # engine clock, seconds
     tokens: list[int] = field(init=False)
+    prompt_length: int = field(init=False)
     computed: int = 0
     told: int = 0  # tokens that the policies have been told of; more than `computed` when it runs some again
     begins: int = 0  # tokens that it need not run, as far as that was seen while it waited
@@ -36,6 +37,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.prompt_length = len(self.tokens)
         if self.request.sampling.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)
 
@@ -48,10 +50,6 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.request.request_id
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt)
 
     @property
     def generated(self) -> int:
