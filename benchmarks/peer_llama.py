@@ -1,7 +1,7 @@
 """llama.cpp as a peer, through llama-cpp-python: a LLaMA of random weights in F16, Q8_0 or Q4_K.
 
-The gguf file is written on the first run and kept. Q4_K is "pure": every matrix in that format, where llama.cpp's own
-mix would keep some larger; that is its smallest and fastest. No token is sampled, which is in its favour.
+The gguf file is written on the first run and kept. Every matrix is in the format named, where llama.cpp's own mixes for
+Q4_K keep some larger: that is its smallest and fastest. No token is sampled, which is in its favour.
 Needs llama-cpp-python, gguf and numpy (`CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf numpy`).
 """
 
@@ -15,9 +15,10 @@ from typing import Any
 import gguf
 import llama_cpp as lib
 import numpy as np
+from numpy.typing import NDArray
 from peer import serve
 
-FTYPES = {"Q8_0": lib.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_K": lib.LLAMA_FTYPE_MOSTLY_Q4_K_S}
+FTYPES = {"F16": 1, "Q8_0": lib.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_K": lib.LLAMA_FTYPE_MOSTLY_Q4_K_S}
 
 ERROR = 4  # ggml's log level
 CELLS = 256  # it rounds a sequence's keys and values up to this
@@ -98,26 +99,16 @@ def gguf_file(folder: Path, kind: str, shape: dict[str, Any]) -> Path:
     """The file of a random LLaMA, written first where it is not there."""
     name = "-".join(str(shape[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"))
     path = folder / f"random-{name}-{kind}.gguf"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    coming = path.with_suffix(".part")
-    if kind == "F16":
-        write_f16(coming, shape)
-    else:
-        plain = gguf_file(folder, "F16", shape)
-        params = lib.llama_model_quantize_default_params()
-        params.ftype, params.pure = FTYPES[kind], kind == "Q4_K"
-        if lib.llama_model_quantize(str(plain).encode(), str(coming).encode(), ctypes.byref(params)):
-            raise RuntimeError(f"llama.cpp could not quantise {plain} to {kind}")
-        plain.unlink()
-    coming.rename(path)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        coming = path.with_suffix(".part")
+        write_gguf(coming, kind, shape)
+        coming.rename(path)
     return path
 
 
-def write_f16(path: Path, shape: dict[str, Any]) -> None:
+def write_gguf(path: Path, kind: str, shape: dict[str, Any]) -> None:
     writer = gguf.GGUFWriter(path, "llama")
-    head = shape["hidden_size"] // shape["num_attention_heads"]
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(shape["vocab_size"])
     writer.add_context_length(shape["max_position_embeddings"])
@@ -126,22 +117,40 @@ def write_f16(path: Path, shape: dict[str, Any]) -> None:
     writer.add_feed_forward_length(shape["intermediate_size"])
     writer.add_head_count(shape["num_attention_heads"])
     writer.add_head_count_kv(shape["num_key_value_heads"])
-    writer.add_rope_dimension_count(head)
+    writer.add_rope_dimension_count(shape["hidden_size"] // shape["num_attention_heads"])
     writer.add_rope_freq_base(shape["rope_theta"])
     writer.add_layer_norm_rms_eps(shape["rms_norm_eps"])
-    writer.add_file_type(1)  # mostly F16
+    writer.add_file_type(FTYPES[kind])
+    quantised = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[quantised]  # of a block
     tensors = dict(shapes(shape))
-    for name, size in tensors.items():
-        kind = np.dtype(np.float32 if len(size) == 1 else np.float16)
-        writer.add_tensor_info(name, size, kind, int(np.prod(size)) * kind.itemsize)
+    stored = {name: (*rows, width // values * size) for name, (*rows, width) in tensors.items() if rows}
+    for name, extent in tensors.items():
+        if name in stored:
+            writer.add_tensor_info(name, stored[name], np.dtype(np.uint8), int(np.prod(stored[name])), quantised)
+        else:
+            writer.add_tensor_info(name, extent, np.dtype(np.float32), 4 * extent[0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    noise = (np.random.default_rng(0).standard_normal(1 << 24, np.float32) * 0.02).astype(np.float16)
-    for index, size in enumerate(tensors.values()):
-        ones = np.ones(size, np.float32)
-        writer.write_tensor_data(ones if len(size) == 1 else np.resize(np.roll(noise, index), size))
+    noise = blocks(kind, size).reshape(-1)
+    for name, extent in tensors.items():
+        matrix = name in stored
+        writer.write_tensor_data(np.resize(noise, stored[name]) if matrix else np.ones(extent, np.float32))
     writer.close()
+
+
+def blocks(kind: str, size: int) -> NDArray[np.uint8]:
+    """Blocks of a format, uint8 [n, size]: random integers whose scales make values about N(0, 0.02^2)."""
+    rng = np.random.default_rng(0)
+    if kind == "F16":
+        return (rng.standard_normal((1 << 22, 1), np.float32) * 0.02).astype(np.float16).view(np.uint8)
+    found = rng.integers(0, 256, (100_003, size), np.uint8)
+    # ggml-common.h: a block begins with its scale; in Q4_K with d and dmin, and a value is d * (0 to 63) * (0 to 15) -
+    # dmin * (0 to 63).
+    scales = [0.02 / 73] if kind == "Q8_0" else [0.011 / 31 / 4.6, 7.5 * 0.011 / 31 / 4.6]
+    found[:, : 2 * len(scales)] = np.array(scales, np.float16).view(np.uint8)
+    return found
 
 
 def shapes(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
