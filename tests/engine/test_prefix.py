@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.driver import Answer, Answers, OpenEngine, assert_idle, collect, finish, request, serve, submit
+from engine.flights import open_ahead
+from engine.lagging import Late
 from engine.test_engine import assert_same_output, prompt_of, tokens_told, told_by
 from engine.test_faults import BAD
 from engine.test_read_ahead import pager_of
@@ -181,7 +183,7 @@ def conversation(turns: int, **sampling: Any) -> list[list[Request]]:
         rounds.append([])
         for user, text in enumerate(texts):
             text += prompt_of(dice.randrange(1, 20), 100 * turn + user)
-            rounds[-1].append(request(f"{turn}-{user}", text, 5, logprobs=2, **sampling))
+            rounds[-1].append(request(f"{turn}-{user}", text, 5, **{"logprobs": 2} | sampling))
     return rounds
 
 
@@ -221,6 +223,22 @@ def test_answers_are_the_same_without_it(
         asked, hits = (value(engine.registry, f"prefix_cache_{name}_total") for name in ("queries", "hits"))
         assert asked == sum(len(each.prompt) for requests in rounds for each in requests)
         assert hits == sum(map(cached, answers.values())) > asked / 4
+        assert_idle(engine)
+
+
+@pytest.mark.parametrize("options", [{"device_cache": "100%"}, {"device_cache": "64"}], ids=["all there", "misses"])
+def test_steps_launched_ahead_use_it_as_well(
+    engine_of: OpenEngine, tiny_model_dir: Path, cache_dir: Path, options: dict[str, Any]
+) -> None:
+    rounds = conversation(5, logprobs=None)  # scored sequences are not launched ahead
+    with engine_of(prefix_cache=False, device_cache="100%") as engine:
+        right = talk(engine, rounds)
+    with open_ahead(tiny_model_dir, cache_dir, Late(), **options) as engine:
+        answers = talk(engine, rounds)
+        assert_same_output(answers, right)
+        asked = sum(answer.usage.prompt_tokens for answer in answers.values() if answer.usage)
+        assert value(engine.registry, "prefix_cache_hits_total") == sum(map(cached, answers.values())) > asked / 4
+        engine.scheduler.pool.check()
         assert_idle(engine)
 
 
