@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from mmap import MADV_HUGEPAGE, mmap
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 from typing import Any, get_args
 
@@ -214,7 +214,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    memory = mmap(-1, 1 << 30)
+    memory = mmap(-1, 1 << 30, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     memory.madvise(MADV_HUGEPAGE)  # as our weights have
     ceiling = torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
     bench = Bench(options.tokens, options.rounds, options.mib * 2**20, ceiling, reader())

@@ -1,6 +1,4 @@
-#define _GNU_SOURCE
 #include "isa.h"
-#include <sys/mman.h>
 
 int tk_isa(void) {
     __builtin_cpu_init();
@@ -11,9 +9,4 @@ int tk_isa(void) {
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                        __builtin_cpu_supports("avx512vnni");
     return avx512 ? ISA_AVX512 : ISA_AVX2;
-}
-
-void tk_huge_pages(void *start, long bytes) {
-    const uintptr_t first = ((uintptr_t)start + 4095) / 4096 * 4096, end = ((uintptr_t)start + bytes) / 4096 * 4096;
-    if (end > first) madvise((void *)first, end - first, MADV_HUGEPAGE);  // a wish; a kernel without them refuses
 }
