@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from closeness import DTYPES, ROUNDING, check
+from closeness import DTYPES, ROUNDING, check, in_wider_rows
 from tolkernels import decode_attention, store_kv
 from tolkernels.attention import decode_attention_torch, store_kv_torch
 
@@ -157,7 +157,7 @@ def test_keys_and_values_are_stored_where_they_belong(
     torch.manual_seed(seed)
     kv_heads, heads, size = shape.kv_heads, shape.kv_heads * shape.group, shape.size
     width = (heads + 2 * kv_heads) * size
-    qkv = torch.randn(tokens, width + 8).to(dtypes[0])[:, :width]
+    qkv = in_wider_rows(torch.randn(tokens, width).to(dtypes[0]))
     angles = torch.randn(tokens, size // 2).repeat(1, 2) * 100
     cos, sin = angles.cos(), angles.sin()
     blocks = 2 + tokens // shape.block_size

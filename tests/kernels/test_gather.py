@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from closeness import DTYPES, check
+from closeness import DTYPES, check, in_wider_rows
 from tol.reference import decode
 from tolkernels import add_rows, lookup_slots, rms_norm
 from tolkernels.dispatch import triton_installed, use_triton
@@ -75,7 +75,7 @@ def cases(draw: st.DrawFn) -> Case:
         data=random_bytes(slots, width, values, group_size, offset),
         host=host,
         slots=torch.randint(-3 if host is not None else 0, slots, (tokens,)),
-        stream=torch.randn(tokens, 2 * size).to(dtype)[:, :size],
+        stream=in_wider_rows(torch.randn(tokens, size).to(dtype)),
         weight=torch.randn(size),
         layout={"offset": offset, "values": values, "group_size": group_size},
         factor=torch.randn(width, size).to(dtype) if rank else None,
@@ -146,7 +146,7 @@ def test_norms(device: torch.device, tokens: int, width: int, dtype: torch.dtype
     from tolkernels.gather_triton import rms_norm_triton
 
     torch.manual_seed(seed)
-    x, weight = torch.randn(tokens, 2 * width).to(dtype)[:, :width], torch.randn(width)
+    x, weight = in_wider_rows(torch.randn(tokens, width).to(dtype)), torch.randn(width)
     check_norm(x, rms_norm_torch(x, weight, EPS), weight)
     x = x.to(device)
     check_norm(x, rms_norm_triton(x, weight.to(device), EPS), weight)

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from closeness import DTYPES, check
+from closeness import DTYPES, check, in_wider_rows
 
 GROUP = 32
 
@@ -51,8 +51,8 @@ def test_products_are_those_of_the_decoded_matrix(
     torch.manual_seed(seed)
     bits, outputs, inputs = shape
     values, scales, matrix = random_weight(outputs, inputs, bits)
-    x = torch.randn(tokens, inputs + 8).to(dtype)[:, :inputs]
-    residual = torch.randn(tokens, outputs + 3).to(dtype)[:, :outputs] if add else None
+    x = in_wider_rows(torch.randn(tokens, inputs).to(dtype))
+    residual = in_wider_rows(torch.randn(tokens, outputs).to(dtype)) if add else None
     moved = (t.to(device) if t is not None else None for t in (x, values, scales, residual))
     found = quantised_linear(*moved)
     assert (found.shape, found.dtype) == ((tokens, outputs), dtype)
