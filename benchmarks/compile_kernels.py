@@ -76,13 +76,13 @@ def launch_of(case: str, kernel: JITFunction[Any], positional: tuple[Any, ...], 
         value = arguments[parameter.name]
         if isinstance(value, Tensor):
             launch.signature[parameter.name] = NAMES[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
-        elif parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            aligned = value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment
+        elif parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             launch.signature[parameter.name], aligned = "constexpr", False
             launch.constants[index,] = value
         else:
             launch.signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-            aligned = isinstance(value, int) and value % 16 == 0
+            aligned = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
         if aligned:
             launch.aligned[index,] = [["tt.divisibility", 16]]
     return launch

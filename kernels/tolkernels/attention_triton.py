@@ -21,7 +21,8 @@ LOG2_E = math.log2(math.e)
 LOWEST = tl.constexpr(-1e30)
 
 
-@triton.jit
+# What differs from step to step is no reason to compile anew: a second spent in the middle of serving.
+@triton.jit(do_not_specialize_on_alignment=["places"])
 def _store_kv_kernel(
     qkv, cos, sin, places, keys, values, q,
     qkv_stride, heads, kv_heads,  # qkv with a stride; cos, sin, q and the cache are contiguous
@@ -57,19 +58,19 @@ def _store_kv_kernel(
     tl.store(to_values + half, right, mask=is_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tables", "lengths"])
 def _attend_kernel(
     q, keys, values, tables, lengths, out, peaks, sums,  # all contiguous but q and tables
     q_stride, q_head_stride, table_stride, kv_heads, block_size, scale,
     group: tl.constexpr, group_block: tl.constexpr, size: tl.constexpr, size_block: tl.constexpr, tile: tl.constexpr,
-    splits: tl.constexpr,
+    whole: tl.constexpr,
 ):  # fmt: skip
     """One sequence's heads of one kv head over a part of its positions.
 
     Each of the tile's positions keeps a softmax of its own (peak, sum, weighted values), over every tile-th position:
     the loop then has no reduction across threads but a score's own, and all are merged once at the end.
     """
-    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row, kv_head, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     length = tl.load(lengths + row)
     part = tl.cdiv(tl.cdiv(length, tile), splits) * tile
     start, end = split * part, tl.minimum((split + 1) * part, length)
@@ -101,7 +102,7 @@ def _attend_kernel(
     total = tl.sum(total * share, axis=1, keep_dims=True)
     mixed = tl.sum(mixed * share, axis=1, keep_dims=True)
     index = (row * kv_heads + kv_head) * group + head
-    if splits == 1:
+    if whole:
         tl.store(out + index * size + column, mixed / total, mask=own)
     else:
         index = index * splits + split
@@ -110,16 +111,20 @@ def _attend_kernel(
         tl.store(sums + index, total, mask=head < group)
 
 
-@triton.jit
-def _merge_kernel(mixed, peaks, sums, out, size: tl.constexpr, size_block: tl.constexpr, splits: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def _merge_kernel(
+    mixed, peaks, sums, out, splits, size: tl.constexpr, size_block: tl.constexpr, block: tl.constexpr
+):  # fmt: skip
     """One head's parts put together. A part without positions has the lowest peak and a sum of 0."""
     head = tl.program_id(0).to(tl.int64)
-    part = head * splits + tl.arange(0, splits)[:, None]
+    part = tl.arange(0, block)[:, None]
     column = tl.arange(0, size_block)[None, :]
-    peak = tl.load(peaks + part)
+    peak = tl.load(peaks + head * splits + part, mask=part < splits, other=LOWEST)
     share = tl.exp2(peak - tl.max(peak, axis=0, keep_dims=True))
-    total = tl.sum(tl.load(sums + part) * share, axis=0, keep_dims=True)
-    found = tl.load(mixed + part * size + column, mask=column < size, other=0)
+    sums_of_parts = tl.load(sums + head * splits + part, mask=part < splits, other=0)
+    total = tl.sum(sums_of_parts * share, axis=0, keep_dims=True)
+    inside = (part < splits) & (column < size)
+    found = tl.load(mixed + (head * splits + part) * size + column, mask=inside, other=0)
     found = tl.sum(found * share, axis=0, keep_dims=True) / total
     tl.store(out + head * size + column, found, mask=column < size)
 
@@ -167,7 +172,7 @@ def decode_attention_triton(q: Tensor, keys: Tensor, values: Tensor, tables: Ten
     if splits > 1:
         mixed = q.new_empty((batch, heads, splits, size), dtype=torch.float32)
         peaks, sums = mixed.new_empty((2, batch, heads, splits))
-    sizes = {"size": size, "size_block": triton.next_power_of_2(size), "splits": splits}
+    sizes = {"size": size, "size_block": triton.next_power_of_2(size)}
     _attend_kernel[(batch, kv_heads, splits)](
         q,
         keys,
@@ -186,11 +191,12 @@ def decode_attention_triton(q: Tensor, keys: Tensor, values: Tensor, tables: Ten
         group=group,
         group_block=triton.next_power_of_2(group),
         tile=tile,
+        whole=splits == 1,
         num_warps=warps,
         **sizes,
     )
     if splits > 1:
-        _merge_kernel[(batch * heads,)](mixed, peaks, sums, out, num_warps=1, **sizes)
+        _merge_kernel[(batch * heads,)](mixed, peaks, sums, out, splits, block=MAX_SPLITS, **sizes)
     return out
 
 
@@ -201,6 +207,5 @@ def attention_tile(group: int, size: int) -> tuple[int, int]:
 
 
 def split_count(programs: int, context: int, tile: int) -> int:
-    """Parts of a context of at most `context` positions, a power of two: enough programs, and no part below a tile."""
-    wanted = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(context, tile), MAX_SPLITS)
-    return 1 << (wanted.bit_length() - 1)
+    """Parts of a context of at most `context` positions: enough programs, and no part below a tile."""
+    return min(triton.cdiv(PROGRAMS, programs), triton.cdiv(context, tile), MAX_SPLITS)
