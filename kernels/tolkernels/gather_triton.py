@@ -69,7 +69,7 @@ def _norm(x, weight, columns, width, eps):
     return x * scale * tl.load(weight + columns, mask=columns < width, other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _add_rows_kernel(
     slots, rows, scales, host_rows, host_scales,
     row_stride, scale_stride, host_row_stride, host_scale_stride,
@@ -94,7 +94,7 @@ def _add_rows_kernel(
     tl.store(normed + token * width + columns, _norm(new.to(tl.float32), weight, columns, width, eps), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rows_kernel(
     slots, rows, scales, host_rows, host_scales,
     row_stride, scale_stride, host_row_stride, host_scale_stride,
@@ -120,7 +120,7 @@ def _rms_norm_kernel(x, weight, eps, out, stride, width, block: tl.constexpr):
     tl.store(out + token * width + columns, _norm(row, weight, columns, width, eps), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["tokens"])
 def _lookup_kernel(tokens, slot_map, host_map, slots, missed, count, in_host: tl.constexpr, block: tl.constexpr):
     index = tl.program_id(0) * block + tl.arange(0, block)
     inside = index < count

@@ -72,7 +72,7 @@ def _vector_kernel(
     tl.store(out + row, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _matrix_kernel(
     x, values, scales, residual, out, tokens, outputs, inputs, x_stride, residual_stride,
     bits: tl.constexpr, group: tl.constexpr, add: tl.constexpr,
@@ -96,7 +96,7 @@ def _matrix_kernel(
     tl.store(out + token * outputs + row[None, :], total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids"])
 def _decode_rows_kernel(
     ids, values, scales, out, outputs, inputs,  # ids [n], or unused unless `pick`: then rows 0 .. n of values
     bits: tl.constexpr, group: tl.constexpr, pick: tl.constexpr, span: tl.constexpr,
