@@ -106,7 +106,7 @@ def cut(answer: Answer, stops: tuple[int, ...]) -> list[int]:
         }
     ),
 )
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_whatever_happens_meanwhile_answers_are_right(
     tiny_model_dir: Path,
     cache_dir: Path,
