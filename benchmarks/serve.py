@@ -221,8 +221,9 @@ def main() -> None:
         spawn.Process(target=clients, args=(port, clients_end), daemon=True),
         spawn.Process(target=bare_engine, args=(settings, engine_end), daemon=True),
     ]
-    for helper in helpers:
+    for helper, its_end in zip(helpers, (clients_end, engine_end), strict=True):
         helper.start()
+        its_end.close()  # so that one that dies ends the wait for it
     engine.recv()
     with server(args.model, options, port) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
