@@ -61,7 +61,7 @@ def empty(outputs: int, inputs: int, encoding: str, device: torch.device) -> tup
 
 
 def _huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Fresh memory, in pages of 2 MiB where the system has them: from small ones a core read weights a tenth more slowly.
+    """Fresh memory, in pages of 2 MiB where the system has them: from small ones a core read a tenth more slowly.
 
     Not torch.empty: what its allocator hands out may have been touched already, in small pages.
     """
