@@ -24,7 +24,7 @@ def scale_of(group: Row, values: str) -> np.float32:
     if values == "int8":
         return bf16(np.abs(group).max() / np.float32(127))
     largest = max(group.max(), 0) if group.max() > -group.min() else group.min()
-    return bf16(largest / np.float32(-8))
+    return bf16(largest / np.float32(-8)) + np.float32(0)  # no -0
 
 
 def encode(row: Row, values: str, group_size: int | None) -> bytes:

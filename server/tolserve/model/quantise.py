@@ -28,7 +28,7 @@ def encode_rows(rows: Tensor, encoding: Encoding) -> Tensor:
         low, high = -8, 7
         largest, smallest = groups.amax(-1), groups.amin(-1)
         scales = torch.where(largest > -smallest, largest, smallest) / low
-    scales = scales.to(torch.bfloat16)
+    scales = scales.to(torch.bfloat16) + 0.0  # no -0: which zero is a group's smallest value is not defined
     divisors = torch.where(scales == 0, 1.0, scales.float()).unsqueeze(-1)
     integers = (groups / divisors).round_().clamp_(low, high).to(torch.int8).flatten(1)
     values = integers.view(torch.uint8)
