@@ -22,6 +22,8 @@ from torch import Tensor  # torch loads the OpenMP runtime that the kernels look
 
 log = logging.getLogger(__name__)
 
+_INTERFACE = 2  # cpu/isa.h's
+
 
 @cache
 def library() -> ctypes.CDLL | None:
@@ -38,11 +40,13 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         found = ctypes.CDLL(str(built[0]))
-        level = int(found.tk_isa())
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         log.warning("the CPU kernels do not load: torch runs instead, slower. %s", error)
         return None
-    if not level:
+    if not hasattr(found, "tk_interface") or found.tk_interface() != _INTERFACE:
+        log.warning("the CPU kernels are of another version: torch runs instead, slower. Reinstall to build them anew")
+        return None
+    if not found.tk_isa():
         log.warning("this processor has no AVX2: torch runs instead of the CPU kernels")
         return None
     return found

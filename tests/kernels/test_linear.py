@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -293,6 +294,22 @@ for encoding in ("float32", "bfloat16", "int8", "int4"):
     error = linear(x, make_weight(matrix, encoding)) - x @ matrix.T
     assert error.abs().mean() < (2 if encoding == "int4" else 0.1)
 """
+
+
+def library_of(source: str) -> bytes:
+    """A compiled library of some C."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-o", f"{folder}/some.so", "-"]
+        subprocess.run(command, input=source, text=True, check=True)
+        return Path(f"{folder}/some.so").read_bytes()
+
+
+@pytest.mark.parametrize("source", ["", "int tk_interface(void) { return -1; }"])
+def test_a_library_of_another_version_is_not_called(tmp_path: Path, tool: Callable[[str], str], source: str) -> None:
+    """Built before the sources changed, it may lack a function, or take other arguments."""
+    tool("cc")
+    older = library_of("int tk_isa(void) { return 2; }" + source)
+    test_without_the_library_torch_computes_and_the_log_says_so_once(tmp_path, older, "of another version")
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "are not built"), (b"no library", "do not load")])

@@ -1,5 +1,7 @@
 #include "isa.h"
 
+int tk_interface(void) { return INTERFACE; }
+
 int tk_isa(void) {
     __builtin_cpu_init();
     // Every processor with AVX2 has F16C.

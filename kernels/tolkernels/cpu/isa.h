@@ -14,4 +14,10 @@ enum { ISA_NONE = 0, ISA_AVX2 = 1, ISA_AVX512 = 2 };
 
 int tk_isa(void);
 
+// Of a library and of the Python that calls it (cpu.py), which must be the same: a library may be left over from another
+// version. Counts up with every change of a function's name or parameters, or of how weights, rows or caches lie.
+enum { INTERFACE = 2 };
+
+int tk_interface(void);
+
 #endif
