@@ -101,6 +101,7 @@ def watch(server: EngineServer, clock: Clock) -> None:
     clock.wrap(engine.runner, "run", "prepare tensors")
     clock.wrap(engine.runner.model, "hidden", "layers")
     clock.wrap(engine.runner.model, "logits", "output head")
+    clock.wrap(engine.runner.model, "best", "output head")
     clock.wrap(engine, "_advance", "advance and deltas")
     clock.wrap(engine_module, "choose", "greedy sampling")
     clock.wrap(engine.metrics, "step", "metrics")

@@ -6,7 +6,7 @@ on the CPU where it was built, and the twin everywhere else.
 
 from tolkernels.attention import chunk_attention, decode_attention, store_kv
 from tolkernels.gather import add_rows, lookup_slots, rms_norm
-from tolkernels.linear import Encoding, Weight, embedding_rows, fast_on_cpu, linear, make_weight
+from tolkernels.linear import Encoding, Weight, embedding_rows, fast_on_cpu, linear, linear_argmax, make_weight
 
 __all__ = [
     "Encoding",
@@ -17,6 +17,7 @@ __all__ = [
     "embedding_rows",
     "fast_on_cpu",
     "linear",
+    "linear_argmax",
     "lookup_slots",
     "make_weight",
     "rms_norm",

@@ -103,6 +103,17 @@ def linear(x: Tensor, weight: Weight, residual: Tensor | None = None) -> Tensor:
     return linear_torch(x, weight, residual)
 
 
+def linear_argmax(x: Tensor, weight: Weight) -> Tensor:
+    """linear(x, weight).argmax(-1), [T] int64: of equal outputs the first, and a NaN counts as the largest.
+
+    The compiled CPU kernels find it while they compute, and write no outputs. Raises what `linear` does.
+    """
+    if weight.layout != "panels" or x.dtype != torch.float32:
+        return linear(x, weight).argmax(-1)
+    _check_call(x, weight, None)
+    return linear_cpu.argmax(x, weight.data, weight.scales, weight.encoding, weight.shape[0])
+
+
 def linear_torch(x: Tensor, weight: Weight, residual: Tensor | None = None) -> Tensor:
     """The twin: `linear` of a weight held as rows, in torch, on any device. What is not of x's dtype is decoded first.
 

@@ -45,6 +45,8 @@ def _functions() -> ctypes.CDLL:
     lib = compiled()
     lib.tk_linear.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_long] * 3 + [ctypes.c_int] * 3
     lib.tk_linear.restype = ctypes.c_int
+    lib.tk_linear_argmax.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long] * 3 + [ctypes.c_int] * 3
+    lib.tk_linear_argmax.restype = ctypes.c_int
     return lib
 
 
@@ -130,22 +132,50 @@ def linear(
     x = x.contiguous()
     residual = residual.contiguous() if residual is not None else None
     out = torch.empty(len(x), outputs)
-    if threads is None:
-        threads = torch.get_num_threads() if len(x) * outputs * x.shape[1] > _ALONE else 1
     failed = _functions().tk_linear(
-        data.data_ptr(),
-        scales.data_ptr() if scales is not None and encoding == "int4" else None,
-        scales.data_ptr() if scales is not None and encoding == "int8" else None,
-        x.data_ptr(),
+        *_addresses(x, data, scales, encoding),
         residual.data_ptr() if residual is not None else None,
         out.data_ptr(),
-        len(x),
-        outputs,
-        x.shape[1],
-        _CODES[encoding],
-        isa() if level is None else level,
-        threads,
+        *_numbers(x, encoding, outputs, level, threads),
     )
+    _check(failed, x)
+    return out
+
+
+def argmax(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor | None,
+    encoding: str,
+    outputs: int,
+    *,
+    level: int | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """The largest output of each token: [T] int64. What it compares are the bits that `linear` gives."""
+    x = x.contiguous()
+    best = torch.empty(len(x), dtype=torch.int64)
+    failed = _functions().tk_linear_argmax(
+        *_addresses(x, data, scales, encoding), best.data_ptr(), *_numbers(x, encoding, outputs, level, threads)
+    )
+    _check(failed, x)
+    return best
+
+
+def _addresses(x: Tensor, data: Tensor, scales: Tensor | None, encoding: str) -> tuple[int | None, ...]:
+    """Of the weight, a group's scales, a row's scales, and x."""
+    where = scales.data_ptr() if scales is not None else None
+    groups, rows = (where, None) if encoding == "int4" else (None, where)
+    return data.data_ptr(), groups, rows, x.data_ptr()
+
+
+def _numbers(x: Tensor, encoding: str, outputs: int, level: int | None, threads: int | None) -> tuple[int, ...]:
+    tokens, inputs = x.shape
+    if threads is None:
+        threads = torch.get_num_threads() if tokens * outputs * inputs > _ALONE else 1
+    return tokens, outputs, inputs, _CODES[encoding], isa() if level is None else level, threads
+
+
+def _check(failed: int, x: Tensor) -> None:
     if failed:
         raise MemoryError(f"no memory for the {len(x)} tokens of a linear map")
-    return out

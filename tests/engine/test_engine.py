@@ -70,6 +70,16 @@ def assert_same_output(answers: Answers, others: Answers) -> None:
         assert all_close(answer.prompt_logprobs or [], other.prompt_logprobs or []), name
 
 
+def test_greedy_tokens_are_the_same_with_and_without_logprobs(engine_of: OpenEngine) -> None:
+    """Without them a step needs no logits, only the best token of each; bit by bit it is the same one."""
+    answers = []
+    for asked in (None, 0):
+        with engine_of(device_cache="100%") as engine:
+            requests = [request(str(index), prompt_of(5 + index, index), 12, logprobs=asked) for index in range(6)]
+            answers.append({name: answer.tokens for name, answer in serve(engine, requests).items()})
+    assert answers[0] == answers[1]
+
+
 def test_answers_are_bit_identical_whatever_the_tiers(engine_of: OpenEngine) -> None:
     requests = mixed_requests()
     arrivals = {0: requests[:4], 3: requests[4:8], 11: requests[8:]}

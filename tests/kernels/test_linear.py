@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tolkernels import Encoding, Weight, embedding_rows, fast_on_cpu, linear, linear_cpu, make_weight
+from tolkernels import Encoding, Weight, embedding_rows, fast_on_cpu, linear, linear_argmax, linear_cpu, make_weight
 from tolkernels.linear import hold, linear_torch
 
 ENCODINGS = get_args(Encoding)
@@ -113,6 +113,68 @@ def test_a_tokens_result_depends_on_nothing_beside_it(encoding: Encoding, level:
     for count in (1, 2, 5, 6, 7, 11, 12, 13, 24, 25):
         alone = compiled(x[-count:], weight, residual[-count:], level=level, threads=2)
         assert torch.equal(alone, all_at_once[-count:])
+
+
+def equal_rows(outputs: int, inputs: int, kinds: int, seed: int) -> Tensor:
+    """A matrix of few different rows, so that most outputs equal others, of any panel."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(kinds, inputs, generator=generator)[torch.randint(kinds, (outputs,), generator=generator)]
+
+
+@NEEDS_KERNELS
+@settings(max_examples=150)
+@given(
+    encoding=st.sampled_from(ENCODINGS),
+    level=st.sampled_from(LEVELS or [0]),
+    outputs=st.integers(1, 700),
+    inputs=st.sampled_from([32, 96]),
+    tokens=st.integers(1, 40),
+    threads=st.integers(1, 3),
+    kinds=st.sampled_from([1, 3, 1000]),
+    bad=st.sampled_from([None, float("nan"), float("inf"), float("-inf"), 0.0, -0.0]),
+    seed=st.integers(0, 1000),
+)
+def test_the_largest_output_is_that_of_the_product(
+    encoding: Encoding,
+    level: int,
+    outputs: int,
+    inputs: int,
+    tokens: int,
+    threads: int,
+    kinds: int,
+    bad: float | None,
+    seed: int,
+) -> None:
+    """Bit by bit: of equal outputs the first, which only then is the same; so with NaN, infinities and zeros."""
+    weight = make_weight(equal_rows(outputs, inputs, kinds, seed), encoding)
+    x = torch.randn(tokens, inputs)
+    if bad is not None:
+        x[seed % tokens] *= bad
+    how = {"level": level, "threads": threads}
+    found = linear_cpu.argmax(x, weight.data, weight.scales, encoding, outputs, **how)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, compiled(x, weight, **how).argmax(-1))
+
+
+@pytest.mark.parametrize("layout", ["rows", pytest.param("panels", marks=NEEDS_KERNELS)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_output_in_every_layout(layout: str, dtype: torch.dtype) -> None:
+    """Written out: of equal ones the first, and a NaN before an infinity."""
+    nan, inf = float("nan"), float("inf")
+    x = torch.ones(5, 2, dtype=dtype)
+    for outputs, first in [
+        ([1, 3, 3, 2], 1),
+        ([-3, -1, -2, -1], 1),
+        ([5, nan, inf, nan], 1),
+        ([2, -inf, inf, inf], 2),
+        ([-inf] * 4, 0),
+        ([-0.0, 0.0, -0.0, 0.0], 0),
+    ]:
+        weight = hold(torch.tensor([[each, 0] for each in outputs] * 20).float(), "float32", layout)
+        assert linear_argmax(x, weight).tolist() == [first] * 5
+    assert linear_argmax(x[:0], weight).shape == (0,)
+    with pytest.raises(ValueError, match="x must be"):
+        linear_argmax(x[:, :1], weight)
 
 
 @pytest.mark.parametrize("layout", ["rows", pytest.param("panels", marks=NEEDS_KERNELS)])

@@ -13,9 +13,8 @@
 // Sapphire Rapids, the float32 FMA 91. With integer weights a token's activations are rounded to 16-bit integers, and
 // products of 16-bit integers are summed exactly (VNNI: 195 G): an error of 1/65,534 of the token's largest value.
 #include <stdlib.h>
-#include <string.h>
 
-#include "isa.h"
+#include "values.h"
 
 enum { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4, ENCODINGS };
 enum { PANEL = 32, GROUP = 32, MOST_TOKENS = 12 };
@@ -34,7 +33,7 @@ typedef struct {
     const uint16_t *group_scales;  // INT4 alone
     const float *row_scales;       // INT8 alone
     long outputs, inputs;          // N without the padding, K
-    long passes;                   // how often each panel is read: blocks of tokens
+    long passes;                   // how often each panel is read: blocks of tokens. Set by `run`
 } Weight;
 
 // The tiles of a level of instructions: (weight, first output, packed tokens, what to fetch meanwhile, sums).
@@ -43,8 +42,6 @@ typedef struct {
     int max_tokens, outputs;
     Tile *tile[ENCODINGS][MOST_TOKENS];
 } Level;
-
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE int is_integer(int encoding) { return encoding == INT8 || encoding == INT4; }
 
@@ -140,7 +137,8 @@ typedef struct {
     const Level *level;
     Weight weight;
     const float *x, *residual;
-    float *out;
+    float *out;      // or, instead,
+    uint64_t *best;  // [tokens]: rank_of the best output, 0 at first
     int encoding;
     long tokens;
     int32_t *packed;    // blocks of tokens, each [packed_length(...)][tokens of the block] 32-bit words
@@ -199,18 +197,54 @@ static void pack_block(const Call *call, long b) {
     }
 }
 
+// The outputs of a token in a tile: `first` and those after it, `count` of them.
+INLINE void finish(const Call *call, long t, long first, long count, const float *sums, float *out) {
+    const float scale = is_integer(call->encoding) ? call->x_scales[t] : 1;
+    const float *scales = call->encoding == INT8 ? call->weight.row_scales + first : 0;
+    for (long n = 0; n < count; n++) out[n] = sums[n] * scale * (scales ? scales[n] : 1);
+}
+
+// In the order of values, and of equal ones the lower output's is larger. NaN is above all; the two zeros are equal.
+INLINE uint64_t rank_of(float value, long output) {
+    const uint32_t bits = bits_of_float(value + 0.0f);
+    const uint32_t order = value != value ? UINT32_MAX : bits >> 31 ? ~bits : bits | 0x80000000;
+    return (uint64_t)order << 32 | (uint32_t)~output;
+}
+
+INLINE float value_of(uint64_t rank) {
+    const uint32_t order = rank >> 32;
+    return float_of(order >> 31 ? order & 0x7fffffff : ~order);
+}
+
+// Hardly any tile has a token's best output so far, so all of it is compared before anything is ranked. A rank of 0,
+// before the first tile, is of a NaN, which nothing is below.
+AVX2 static void rank_token(uint64_t *best, const float *values, long first, long count) {
+    uint64_t known = __atomic_load_n(best, __ATOMIC_RELAXED), rank = known;
+    const float least = value_of(known);
+    int candidates = 0;
+    for (long n = 0; n < count; n++) candidates |= !(values[n] < least);
+    if (!candidates) return;
+    for (long n = 0; n < count; n++) {
+        const uint64_t other = rank_of(values[n], first + n);
+        rank = other > rank ? other : rank;
+    }
+    while (rank > known && !__atomic_compare_exchange_n(best, &known, rank, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+
 static void finish_tile(const Call *call, long b, long first, const float *sums) {
     const long start = block_start(call, b), end = block_start(call, b + 1), all = call->weight.outputs;
     const long count = all - first < call->level->outputs ? all - first : call->level->outputs;
     for (long t = start; t < end; t++, sums += call->level->outputs) {
-        float *out = call->out + t * all + first;
-        const float *residual = call->residual ? call->residual + t * all + first : 0;
-        const float scale = is_integer(call->encoding) ? call->x_scales[t] : 1;
-        const float *scales = call->encoding == INT8 ? call->weight.row_scales + first : 0;
-        for (long n = 0; n < count; n++) {
-            const float y = sums[n] * scale * (scales ? scales[n] : 1);
-            out[n] = residual ? y + residual[n] : y;
+        if (call->best) {
+            float values[PANEL];
+            finish(call, t, first, count, sums, values);
+            rank_token(call->best + t, values, first, count);
+            continue;
         }
+        float *out = call->out + t * all + first;
+        finish(call, t, first, count, sums, out);
+        const float *residual = call->residual ? call->residual + t * all + first : 0;
+        for (long n = 0; residual && n < count; n++) out[n] += residual[n];
     }
 }
 
@@ -235,6 +269,7 @@ static void run_group(const Call *call, long g) {
 
 // Groups, and memory for what a call needs beside its arguments. Returns 0, or 1 if there is none.
 static int set_up(Call *call) {
+    call->weight.passes = (call->tokens + call->level->max_tokens - 1) / call->level->max_tokens;
     const long inputs = call->weight.inputs, kept = KEPT_BYTES / panel_bytes(call->encoding, inputs);
     call->group = PANEL * (call->weight.passes > 2 && kept > 1 ? kept : 1);
     call->groups = (call->weight.outputs + call->group - 1) / call->group;
@@ -245,22 +280,15 @@ static int set_up(Call *call) {
     return !call->packed || (is_integer(call->encoding) && !call->x_scales);
 }
 
-// x [T, K], out [T, N] and residual [T, N] (or NULL) are float32 and contiguous. Returns 0, or 1 without memory.
-int tk_linear(const uint8_t *data, const uint16_t *group_scales, const float *row_scales, const float *x,
-              const float *residual, float *out, long tokens, long outputs, long inputs, int encoding, int isa,
-              int threads) {
-    if (!tokens) return 0;
-    const Level *level = isa >= ISA_AVX512 ? &avx512_level : &avx2_level;
-    Call call = {.level = level, .x = x, .residual = residual, .out = out, .tokens = tokens, .encoding = encoding,
-                 .weight = {data, group_scales, row_scales, outputs, inputs,
-                            (tokens + level->max_tokens - 1) / level->max_tokens}};
+static int run(Call call, int threads) {
+    if (!call.tokens) return 0;
     const int failed = set_up(&call);
     // Neighbours in turn, for the fetching; eight turns for each thread, because another process may hold one up.
     const int turn = call.groups / (8 * threads) + 1;
     if (!failed) {
 #pragma omp parallel num_threads(threads)
         {
-            if ((const float *)call.packed != x) {
+            if ((const float *)call.packed != call.x) {
 #pragma omp for schedule(static)
                 for (long b = 0; b < call.weight.passes; b++) pack_block(&call, b);
             }
@@ -268,7 +296,29 @@ int tk_linear(const uint8_t *data, const uint16_t *group_scales, const float *ro
             for (long g = 0; g < call.groups; g++) run_group(&call, g);
         }
     }
-    if ((const float *)call.packed != x) free(call.packed);
+    if ((const float *)call.packed != call.x) free(call.packed);
     free(call.x_scales);
+    return failed;
+}
+
+static const Level *level_of(int isa) { return isa >= ISA_AVX512 ? &avx512_level : &avx2_level; }
+
+// x [T, K], out [T, N] and residual [T, N] (or NULL) are float32 and contiguous. Returns 0, or 1 without memory.
+int tk_linear(const uint8_t *data, const uint16_t *group_scales, const float *row_scales, const float *x,
+              const float *residual, float *out, long tokens, long outputs, long inputs, int encoding, int isa,
+              int threads) {
+    const Call call = {.level = level_of(isa), .weight = {data, group_scales, row_scales, outputs, inputs, 0}, .x = x,
+                       .residual = residual, .out = out, .tokens = tokens, .encoding = encoding};
+    return run(call, threads);
+}
+
+// The output with the largest value of each token, the lowest of equal ones, into best [T]; a NaN counts as largest.
+int tk_linear_argmax(const uint8_t *data, const uint16_t *group_scales, const float *row_scales, const float *x,
+                     int64_t *best, long tokens, long outputs, long inputs, int encoding, int isa, int threads) {
+    const Call call = {.level = level_of(isa), .weight = {data, group_scales, row_scales, outputs, inputs, 0}, .x = x,
+                       .best = (uint64_t *)best, .tokens = tokens, .encoding = encoding};
+    memset(best, 0, tokens * sizeof *best);
+    const int failed = run(call, threads);
+    for (long t = 0; t < tokens; t++) best[t] = (uint32_t)~call.best[t];
     return failed;
 }

@@ -268,9 +268,12 @@ class Engine:
         if not ends:
             return []
         hidden = result.hidden if len(ends) == cursor else result.hidden[[row for _, row in ends]]
-        logits = self.runner.logits(hidden)
         sequences = [sequence for sequence, _ in ends]
-        chosen = choose(logits, [s.request.sampling for s in sequences], [len(s.tokens) for s in sequences])
+        params = [sequence.request.sampling for sequence in sequences]
+        if all(asked.temperature == 0 and asked.logprobs is None for asked in params):
+            return self._report(sequences, self.runner.best(hidden).tolist(), {})
+        logits = self.runner.logits(hidden)
+        chosen = choose(logits, params, [len(sequence.tokens) for sequence in sequences])
         return self._report(sequences, chosen.tolist(), _scores(sequences, logits, chosen))
 
     def _report(self, sequences: list[Sequence], tokens: list[int], scores: dict[int, TokenLogprob]) -> list[Output]:

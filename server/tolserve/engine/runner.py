@@ -66,6 +66,11 @@ class Runner:
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)
 
+    @torch.inference_mode()
+    def best(self, hidden: Tensor) -> Tensor:
+        """The token with the largest logit of each row, [T] int64."""
+        return self.model.best(hidden)
+
 
 class TableRows:
     """An `AddRow` over the device tier: `slots` has for each of its parts a tensor [T] int64 on the device. Slots below

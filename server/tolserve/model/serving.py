@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tolkernels import Encoding, Weight, embedding_rows, fast_on_cpu, linear, make_weight, rms_norm
+from tolkernels import Encoding, Weight, embedding_rows, fast_on_cpu, linear, linear_argmax, make_weight, rms_norm
 from tolserve.model.checkpoint import Checkpoint, CheckpointError, check_names, tensor_shapes
 from tolserve.model.config import ConfigError, ModelConfig
 
@@ -265,6 +265,10 @@ class ServingModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head. hidden [T, d] -> [T, V] of `dtype`."""
         return linear(hidden, self.head)
+
+    def best(self, hidden: Tensor) -> Tensor:
+        """logits(hidden).argmax(-1), [T] int64; on the CPU the logits are never written down."""
+        return linear_argmax(hidden, self.head)
 
 
 def _return_freed_memory() -> None:
