@@ -18,14 +18,15 @@ def chunk(draw: st.DrawFn, index: int) -> Chunk:
     length = start + count + draw(st.integers(0, 9))
     sequence = Sequence(request(str(index), draw(st.lists(st.integers(0, 999), min_size=length, max_size=length))), 0.0)
     blocks = -(-length // BLOCK_SIZE)
-    sequence.blocks = draw(st.lists(st.integers(0, 10_000), min_size=blocks, max_size=blocks))
+    sequence.blocks.extend(draw(st.lists(st.integers(0, 10_000), min_size=blocks, max_size=blocks)))
     return Chunk(sequence, start, count)
 
 
 @given(data=st.data(), count=st.integers(1, 6))
 def test_arrays_say_where_every_token_is(data: st.DataObject, count: int) -> None:
     chunks = [data.draw(chunk(index)) for index in range(count)]
-    inputs = step_inputs(chunks, BLOCK_SIZE, torch.device("cpu"))
+    flat = [token for each in chunks for token in each.tokens]
+    inputs = step_inputs(chunks, flat, BLOCK_SIZE, torch.device("cpu"))
     row = 0
     for index, each in enumerate(chunks):
         blocks = each.sequence.blocks
@@ -34,8 +35,7 @@ def test_arrays_say_where_every_token_is(data: st.DataObject, count: int) -> Non
             found = (int(inputs.tokens[row]), int(inputs.positions[row]), int(inputs.places[row]))
             assert found == (each.sequence.tokens[position], position, place)
             row += 1
-        used = -(-each.end // BLOCK_SIZE)
-        assert inputs.tables[index].tolist() == blocks[:used] + [0] * (inputs.tables.shape[1] - used)
+        assert inputs.tables[index].tolist() == [*blocks, *[0] * (inputs.tables.shape[1] - len(blocks))]
         assert int(inputs.lengths[index]) == each.end
     assert row == len(inputs.tokens) == len(inputs.positions) == len(inputs.places)
     assert inputs.tokens.dtype == inputs.positions.dtype == inputs.places.dtype == torch.int64

@@ -171,7 +171,7 @@ def test_a_preempted_sequence_finds_its_own_blocks() -> None:
     assert load.scheduler.unread(young) == young.tokens[4 * BLOCK_SIZE :], "the other records may be gone by now"
     load.scheduler.remove(old)
     step(load)
-    assert (young.cached, young.blocks[:4], young.computed) == (0, left, len(young.tokens) - 1)
+    assert (young.cached, list(young.blocks[:4]), young.computed) == (0, left, len(young.tokens) - 1)
 
 
 def conversation(turns: int, **sampling: Any) -> list[list[Request]]:

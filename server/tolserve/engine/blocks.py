@@ -1,6 +1,7 @@
 """KV blocks: who holds which, and which hold a known text. Plain Python; the tensors are in kv.py."""
 
 from collections import OrderedDict
+from collections.abc import MutableSequence
 
 
 class BlockPool:
@@ -28,7 +29,7 @@ class BlockPool:
         """Blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_size)
 
-    def grow(self, table: list[int], tokens: int) -> bool:
+    def grow(self, table: MutableSequence[int], tokens: int) -> bool:
         """Extend a sequence's block table until it holds `tokens`; False, and nothing taken, if blocks run out."""
         missing = self.needed(tokens) - len(table)
         if missing > self.free:
@@ -44,7 +45,7 @@ class BlockPool:
         del self._block_of[self._key_of.pop(block)]
         return block
 
-    def release(self, table: list[int]) -> None:
+    def release(self, table: MutableSequence[int]) -> None:
         """Give up a sequence's blocks and empty its table. Its last block is evicted first: without the ones before
         it nobody can use it."""
         for block in reversed(table):
@@ -55,7 +56,7 @@ class BlockPool:
                 self._idle[block] = None
             else:
                 self._free.append(block)
-        table.clear()
+        del table[:]
 
     def find(self, key: bytes) -> int | None:
         """The block that has this key."""

@@ -91,7 +91,7 @@ class Decoder:
         if runner.pager is not None and runner.pager.maps is None:
             raise ValueError("steps look records up by themselves: the pager must keep maps (mapped=True)")
         device, pinned = runner.device, runner.device.type == "cuda"
-        blocks = -(-len(runner.kv.cos) // runner.kv.block_size)
+        blocks = -(-runner.kv.max_len // runner.kv.block_size)
         size = max_rows * (_FIELDS + blocks)
         self._flat = torch.zeros(size, dtype=torch.int32, device=device)
         self._fields, self._tables = _views(self._flat, max_rows, blocks)

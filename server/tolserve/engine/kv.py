@@ -25,7 +25,16 @@ class KVCache:
         width = (config.num_key_value_heads, config.head_dim)
         # [layers, keys or values, blocks, block_size, kv_heads, head_dim]
         self.data = _zeros((config.num_hidden_layers, 2, blocks, block_size, *width), dtype, device)
-        self.cos, self.sin = rotary_tables(config, max_len, self.data.device)
+        self._rotary = torch.stack(rotary_tables(config, max_len, self.data.device))  # [2, max_len, head_dim]
+
+    @property
+    def max_len(self) -> int:
+        return self._rotary.shape[1]
+
+    def rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions [T] int64, each [T, head_dim] float32."""
+        cos, sin = self._rotary.index_select(1, positions)
+        return cos, sin
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -47,7 +56,7 @@ class DecodeAttention:
 
     def __init__(self, kv: KVCache, inputs: StepInputs) -> None:
         self._kv, self._inputs = kv, inputs
-        self._cos, self._sin = kv.cos[inputs.positions], kv.sin[inputs.positions]  # [T, head_dim]
+        self._cos, self._sin = kv.rotations(inputs.positions)
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         keys, values = self._kv.data[layer]
@@ -61,7 +70,7 @@ class MixedAttention:
 
     def __init__(self, kv: KVCache, chunks: list[Chunk], inputs: StepInputs) -> None:
         self._kv, self._inputs = kv, inputs
-        self._cos, self._sin = kv.cos[inputs.positions], kv.sin[inputs.positions]
+        self._cos, self._sin = kv.rotations(inputs.positions)
         rows = [0, *accumulate(chunk.count for chunk in chunks)]
         at = [index for index, chunk in enumerate(chunks) if chunk.count == 1]
         self._singles = torch.tensor([rows[index] for index in at], dtype=torch.int64, device=inputs.tokens.device)

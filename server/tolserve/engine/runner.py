@@ -1,8 +1,8 @@
 """Runs the layers for one step's chunks. With engine/kv.py and tol/arena.py, the only engine code that sees a GPU."""
 
+from array import array
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,11 +49,12 @@ class Runner:
     def run(self, chunks: list[Chunk], lease: Lease | None) -> StepResult:
         """Compute one step. Raises RecordsUnavailable if a record it needs could not be read; keys and values written
         until then are overwritten when the sequences run again."""
-        inputs = step_inputs(chunks, self.kv.block_size, self.device)
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        inputs = step_inputs(chunks, tokens, self.kv.block_size, self.device)
         attend = step_attention(self.kv, chunks, inputs)
         if lease is None:
             return StepResult(self.forward(inputs.tokens, attend, no_rows), 0.0)
-        rows = _LeasedRows(self, lease, [token for chunk in chunks for token in chunk.tokens])
+        rows = _LeasedRows(self, lease, tokens)
         return StepResult(self.forward(inputs.tokens, attend, rows), rows.stall)
 
     @torch.inference_mode()
@@ -115,8 +116,8 @@ class _LeasedRows:
 
     def __init__(self, runner: Runner, lease: Lease, tokens: list[int]) -> None:
         self._lease, self._waited = lease, 0  # parts that were waited for
-        slots = [np.fromiter(map(part.__getitem__, tokens), np.int64, len(tokens)) for part in lease.slots]
-        self._rows = TableRows(runner, [torch.from_numpy(each).to(runner.device) for each in slots])
+        slots = [array("q", map(part.__getitem__, tokens)) for part in lease.slots]
+        self._rows = TableRows(runner, [torch.frombuffer(each, dtype=torch.int64).to(runner.device) for each in slots])
         self.stall = 0.0
 
     def __call__(self, layer: int, stream: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,16 +104,16 @@ class Scheduler:
         """
         step = _Step(self)
         preemptions = self.preemptions
-        for sequence in sorted(self.running, key=lambda sequence: sequence.pending > 1):  # decodes first
-            sits = sequence.request_id in sitting_out
-            if not sits and sequence in self.running and self._make_room(sequence, step):
-                step.add(sequence, step.affordable(sequence))
+        for sequence in sorted(self.running, key=_has_prompt):  # decodes first
+            preempted = preemptions != self.preemptions and sequence not in self.running
+            if sequence.request_id not in sitting_out and not preempted and (count := self._make_room(sequence, step)):
+                step.add(sequence, count)
         # Admitting right after a preemption would hand the victim back what it just gave.
         while self.waiting and step.room and len(self.running) < self.max_seqs and preemptions == self.preemptions:
             if not self._admit(self._next(step), step):
                 break
-        served = {id(chunk.sequence) for chunk in step.chunks}
-        self.running.sort(key=lambda sequence: id(sequence) in served)
+        if len(step.chunks) < len(self.running):
+            self.running.sort(key=step.holds)
         return step.chunks
 
     def _next(self, step: "_Step") -> int:
@@ -148,18 +148,17 @@ class Scheduler:
         step.add(sequence, count)
         return True
 
-    def _make_room(self, sequence: Sequence, step: "_Step") -> bool:
-        """Get blocks for what the step can take of a running sequence, preempting the youngest others if needed."""
+    def _make_room(self, sequence: Sequence, step: "_Step") -> int:
+        """Get blocks for what the step can take of a running sequence, preempting the youngest others if needed.
+        Returns how many of its tokens that is."""
         count = step.affordable(sequence)
-        if not count:
-            return False
-        while not self.pool.grow(sequence.blocks, sequence.computed + count):
+        while count and not self.pool.grow(sequence.blocks, sequence.computed + count):
             candidates = [s for s in self.running if s.blocks and not step.holds(s)]
             victim = max(candidates, key=lambda s: s.arrived)
             self._preempt(victim)
             if victim is sequence:
-                return False
-        return True
+                return 0
+        return count
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -240,6 +239,10 @@ def prefix_within(tokens: list[int], known: Present, limit: int) -> int:
             if len(new) > limit:
                 return index
     return len(tokens)
+
+
+def _has_prompt(sequence: Sequence) -> bool:
+    return sequence.pending > 1
 
 
 def _everything(token: int) -> bool:

@@ -1,5 +1,6 @@
 """A sequence's state between steps."""
 
+from array import array
 from dataclasses import dataclass, field
 
 from tolserve.engine.request import FinishReason, Request, TokenLogprob
@@ -12,6 +13,7 @@ class Sequence:
 
     request: Request
     arrived: float  # engine clock, seconds
+    request_id: str = field(init=False)
     tokens: list[int] = field(init=False)
     prompt_length: int = field(init=False)
     computed: int = 0
@@ -19,7 +21,7 @@ class Sequence:
     begins: int = 0  # tokens that it need not run, as far as that was seen while it waited
     read_ahead: int = 0  # tokens that need not run, or whose records are there or on their way, as far as was seen
     passed: int = 0  # admissions of later ones before it
-    blocks: list[int] = field(default_factory=list)  # block table, in token order
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))  # block table, in token order: int32 for kernels
     root_key: bytes = b""  # prefix.py's, before the first block; with the table that the sequence began with
     block_keys: list[bytes] = field(default_factory=list)  # of its first full blocks, as far as they were asked for
     cached: int | None = None  # tokens whose keys and values were there when it was first admitted
@@ -36,6 +38,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
         self.tokens = list(self.request.prompt)
         self.prompt_length = len(self.tokens)
         if self.request.sampling.prompt_logprobs is not None:
@@ -48,10 +51,6 @@ class Sequence:
         self.block_keys.clear()
 
     @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
 
@@ -61,21 +60,19 @@ class Sequence:
         return len(self.tokens) - self.computed
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
-    """The tokens [start, start + count) of a sequence, to run in one step."""
+    """The tokens [start, end) of a sequence, to run in one step."""
 
     sequence: Sequence
     start: int
     count: int
+    end: int = field(init=False)
+    tokens: list[int] = field(init=False)
 
-    @property
-    def end(self) -> int:
-        return self.start + self.count
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.sequence.tokens[self.start : self.end]
+    def __post_init__(self) -> None:
+        self.end = self.start + self.count
+        self.tokens = self.sequence.tokens[self.start : self.end]
 
     @property
     def samples(self) -> bool:
