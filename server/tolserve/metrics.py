@@ -55,10 +55,10 @@ class Metric:
     def set(self, value: float, *values: str) -> None:
         self.labels(*values).value = value
 
-    def observe(self, value: float, *values: str) -> None:
+    def observe(self, value: float, *values: str, times: int = 1) -> None:
         sample = self.labels(*values)
-        sample.value += value
-        sample.buckets[bisect_left(self.bounds, value)] += 1
+        sample.value += value * times
+        sample.buckets[bisect_left(self.bounds, value)] += times
 
 
 class Metrics:

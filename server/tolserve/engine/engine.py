@@ -232,7 +232,8 @@ class Engine:
         ends = {id(chunk.sequence): chunk.end for chunk in chunks}
         for sequence in scheduler.running:
             start = ends.get(id(sequence), sequence.computed)
-            room -= _prefetch(pager, sequence.tokens[start : start + scheduler.max_tokens], room)
+            if coming := sequence.tokens[start : start + scheduler.max_tokens]:
+                room -= _prefetch(pager, coming, room)
         room = min(scheduler.max_fills - pager.ahead, pager.slots // WAITING_SHARE - pager.prefetched)
         for sequence in scheduler.waiting:
             if coming := scheduler.unread(sequence):
@@ -278,9 +279,9 @@ class Engine:
 
     def _report(self, sequences: list[Sequence], tokens: list[int], scores: dict[int, TokenLogprob]) -> list[Output]:
         """Give sequences the tokens that were chosen for them; `scores` are by index."""
-        now = time.monotonic()
+        self.metrics.answered(sequences, time.monotonic())
         return [
-            self._extend(sequence, token, scores.get(index), now)
+            self._extend(sequence, token, scores.get(index))
             for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
         ]
 
@@ -297,14 +298,13 @@ class Engine:
         scored = hidden[begin + first : begin + last]
         sequence.prompt_logprobs.extend(logprobs(self.runner.logits(scored), targets, top))
 
-    def _extend(self, sequence: Sequence, token: int, score: TokenLogprob | None, now: float) -> Delta:
+    def _extend(self, sequence: Sequence, token: int, score: TokenLogprob | None) -> Delta:
         """Give a sequence the token that was chosen for it, and say what came of it."""
         params = sequence.request.sampling
-        first_answer = sequence.first_token is None
+        first_answer = not sequence.generated
         tokens = [token] if params.max_tokens else []
         sequence.tokens += tokens
         finish_reason = self._finish_reason(sequence)
-        self.metrics.token(sequence, now, len(tokens))
         if finish_reason is not None:
             self.abort(sequence.request_id)
             self.metrics.finished(sequence, finish_reason)
@@ -341,7 +341,7 @@ def _distinct(tokens: Iterable[int]) -> list[int]:
 
 def _prefetch(pager: Pager, tokens: list[int], room: int) -> int:
     """Prefetch the first of these records, as many as are missing and have room; returns how many were started."""
-    reachable = prefix_within(tokens, pager.present, room) if tokens else 0
+    reachable = prefix_within(tokens, pager.present, room)
     return pager.prefetch(tokens[:reachable]) if reachable else 0
 
 
@@ -393,11 +393,7 @@ def _new_hits(sequence: Sequence) -> list[bool | None]:
 
 
 def _usage(sequence: Sequence) -> Usage:
+    cached, generated = sequence.cached or 0, len(sequence.tokens) - sequence.prompt_length
     return Usage(
-        prompt_tokens=sequence.prompt_length,
-        cached_tokens=sequence.cached or 0,
-        completion_tokens=sequence.generated,
-        lookups=sequence.lookups,
-        hits=sequence.hits,
-        stall_ms=sequence.stall * 1000,
+        sequence.prompt_length, cached, generated, sequence.lookups, sequence.hits, stall_ms=sequence.stall * 1000
     )

@@ -167,7 +167,7 @@ class Decoder:
                 slots.append(found)
                 missed |= absent
             rows = TableRows(self.runner, slots, host)
-        logits = self.runner.logits(self.runner.forward(tokens, attend, rows))
+        logits = self.runner.logits(self.runner.model.hidden(tokens, attend, rows))
         self._result[0, :size] = logits.argmax(-1)
         self._result[1, :size] = missed
         return logits

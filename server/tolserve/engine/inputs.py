@@ -23,8 +23,8 @@ class StepInputs:
 def step_inputs(chunks: list[Chunk], tokens: list[int], block_size: int, device: torch.device) -> StepInputs:
     """`tokens` are the chunks', one after the other.
 
-    For 16 sequences that decode it takes 30 us; with numpy's or torch's small calls for each of them it took more than
-    twice that, and more again after layers that emptied the caches.
+    For 16 sequences that decode it takes 25 us. In the caches that layers leave behind any call takes several times as
+    long as otherwise, so there are few.
     """
     positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
     places = [
@@ -35,8 +35,6 @@ def step_inputs(chunks: list[Chunk], tokens: list[int], block_size: int, device:
     width = 4 * max(len(chunk.sequence.blocks) for chunk in chunks)
     tables = bytearray().join([chunk.sequence.blocks.tobytes().ljust(width, b"\0") for chunk in chunks])
     flat = torch.frombuffer(array("q", tokens + positions + places), dtype=torch.int64).to(device)
-    return StepInputs(
-        *flat.view(3, -1).unbind(),
-        tables=torch.frombuffer(tables, dtype=torch.int32).view(len(chunks), -1).to(device),
-        lengths=torch.frombuffer(array("i", [chunk.end for chunk in chunks]), dtype=torch.int32).to(device),
-    )
+    lists = torch.frombuffer(tables, dtype=torch.int32).to(device)
+    lengths = torch.frombuffer(array("i", [chunk.end for chunk in chunks]), dtype=torch.int32).to(device)
+    return StepInputs(*flat.view(3, -1).unbind(), lists.view(len(chunks), -1), lengths)

@@ -33,7 +33,7 @@ class KVCache:
 
     def rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions [T] int64, each [T, head_dim] float32."""
-        cos, sin = self._rotary.index_select(1, positions)
+        cos, sin = self._rotary.index_select(1, positions).unbind()
         return cos, sin
 
     @staticmethod

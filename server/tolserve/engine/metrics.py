@@ -1,6 +1,7 @@
 """What the engine counts about requests and steps; the table's own numbers are declared in tol/."""
 
 import time
+from collections.abc import Iterable
 
 from tolserve.engine.request import FinishReason
 from tolserve.engine.scheduler import Scheduler
@@ -67,16 +68,23 @@ class EngineMetrics:
             self.prefix_hits.add(sequence.cached)
         self.queue_time.observe(now - sequence.arrived)
 
-    def token(self, sequence: Sequence, now: float, tokens: int) -> None:
-        """A sequence got its next answer (`tokens` is 0 when only its prompt was to be scored)."""
+    def answered(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Sequences got their next token, or none where only a prompt was to be scored."""
+        tokens = 0
+        gaps: dict[float, int] = {}  # most got their last one together
+        for sequence in sequences:
+            tokens += sequence.request.sampling.max_tokens > 0
+            if sequence.first_token is None or sequence.last_token is None:
+                sequence.first_token = now
+                self.prompt_tokens.add(sequence.prompt_length)
+                self.first_token.observe(now - sequence.arrived)
+            else:
+                gap = now - sequence.last_token
+                gaps[gap] = gaps.get(gap, 0) + 1
+            sequence.last_token = now
         self.generation_tokens.add(tokens)
-        if sequence.first_token is None or sequence.last_token is None:
-            sequence.first_token = now
-            self.prompt_tokens.add(sequence.prompt_length)
-            self.first_token.observe(now - sequence.arrived)
-        else:
-            self.inter_token.observe(now - sequence.last_token)
-        sequence.last_token = now
+        for gap, times in gaps.items():
+            self.inter_token.observe(gap, times=times)
 
     def finished(self, sequence: Sequence, reason: FinishReason) -> None:
         now = time.monotonic()

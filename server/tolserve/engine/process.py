@@ -55,9 +55,10 @@ class EngineServer:
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         poller.register(lifeline, zmq.POLLIN)
-        while lifeline not in dict(poller.poll(0 if self.engine.busy else None)):
+        while lifeline not in (ready := dict(poller.poll(0 if self.engine.busy else None))):
             self.pulse.step_begins()
-            self._receive_all()
+            if ready:
+                self._receive_all()
             self._send_outputs(self.engine.step())
             self.pulse.step_ends()
 

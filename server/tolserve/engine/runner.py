@@ -10,7 +10,7 @@ from tolkernels import add_rows, rms_norm
 from tolserve.engine.inputs import step_inputs
 from tolserve.engine.kv import KVCache, step_attention
 from tolserve.engine.sequence import Chunk
-from tolserve.model.serving import AddRow, Attend, ServingModel, no_rows
+from tolserve.model.serving import ServingModel, no_rows
 from tolserve.tol.pager import Lease, Pager
 from tolserve.tol.table import Table
 
@@ -53,15 +53,9 @@ class Runner:
         inputs = step_inputs(chunks, tokens, self.kv.block_size, self.device)
         attend = step_attention(self.kv, chunks, inputs)
         if lease is None:
-            return StepResult(self.forward(inputs.tokens, attend, no_rows), 0.0)
+            return StepResult(self.model.hidden(inputs.tokens, attend, no_rows), 0.0)
         rows = _LeasedRows(self, lease, tokens)
-        return StepResult(self.forward(inputs.tokens, attend, rows), rows.stall)
-
-    @torch.inference_mode()
-    def forward(self, tokens: Tensor, attend: Attend, add_row: AddRow) -> Tensor:
-        """The layers alone: tokens [T] -> normed hidden states [T, d]. Waits for nothing but what the two callables
-        wait for, and allocates nothing that outlives it, so that a CUDA graph may hold it."""
-        return self.model.hidden(tokens, attend, add_row)
+        return StepResult(self.model.hidden(inputs.tokens, attend, rows), rows.stall)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -242,7 +242,8 @@ class ServingModel:
 
     def hidden(self, tokens: Tensor, attend: Attend, add_row: AddRow) -> Tensor:
         """Run the layers. tokens [T] int64 -> normed hidden states [T, d] of `dtype`. A base model never asks for
-        rows. Launches kernels only: on CUDA nothing in here waits, but for what `attend` and `add_row` do."""
+        rows. Launches kernels only: on CUDA nothing in here waits, but for what `attend` and `add_row` do, and nothing
+        that it allocates outlives it, so that a CUDA graph may hold it."""
         eps, has_memory = self.config.rms_norm_eps, self.config.has_memory
         x = embedding_rows(tokens, self.embedding, self.dtype)
         h = rms_norm(x, self.layers[0].norm, eps)
