@@ -24,8 +24,8 @@ from torch import Tensor
 
 import tolkernels
 from tolkernels.attention import decode_attention_torch, store_kv_torch
+from tolkernels.formats import Encoding
 from tolkernels.gather import add_rows_torch, lookup_slots_torch, rms_norm_torch
-from tolkernels.linear import Encoding
 
 SPREAD = {"cuda": 256 << 20, "cpu": 16 << 20}  # bytes of inputs to go round over: twice the largest GPUs' caches
 CALLS, REPLAYS = 48, 15

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import torch
 
+from tolkernels import INT4_GROUP
 from tolserve.model.config import ModelConfig
 from tolserve.model.presets import SIZES, preset
 from tolserve.model.serving import ServingModel, Weights
 
 SMALL = "small"  # runs everything on any machine in seconds; its speed says nothing
-INT4_GROUP = 32  # values of an int4 weight's row that share a scale
 SIZE_NAMES = (*SIZES, SMALL)
 
 

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BITS = {"bf16": 16, "int8": 8, "int4": 4}
+from tolkernels.gather import BITS
+
 # Rows and scales are loaded as integers, so that what was masked out is 0 and two loads can be put together with "or".
 _LOADED_AS = {"bf16": torch.int16, "int8": torch.int8, "int4": torch.uint8}
 # A row is one program's, so that the norm is in the same pass: at 2,048 values 16 a thread, two 16-byte loads of bf16.

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from tolkernels import linear_cpu
 from tolkernels.dispatch import use_triton
+from tolkernels.formats import DTYPES, INT4_GROUP, Encoding
 
-Encoding = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Layout = Literal["rows", "panels"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-GROUP = 32
 # Rows that are quantised or moved into panels at once, so that loading needs little memory beside the weights: the
 # widest matrix of the paper's shapes (8,192) takes 64 MiB as float32.
 _ROWS_AT_ONCE = 2048
@@ -158,7 +156,7 @@ def _quantise(matrix: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor | None
     if encoding == "int8":
         scales = matrix.abs().amax(1) / 127
         return _divided(matrix, scales.unsqueeze(1)).clamp_(-127, 127).to(torch.int8), scales
-    groups = matrix.unflatten(1, (-1, GROUP))
+    groups = matrix.unflatten(1, (-1, INT4_GROUP))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     scales = (largest / -8).to(torch.bfloat16)
     return _divided(groups, scales.float()).clamp_(-8, 7).to(torch.int8).flatten(1), scales.squeeze(2)
@@ -175,7 +173,7 @@ def _scaled(values: Tensor, scales: Tensor | None, encoding: Encoding) -> Tensor
         return values
     if encoding == "int8":
         return values * scales.unsqueeze(1)
-    return (values.unflatten(1, (-1, GROUP)) * scales.float().unsqueeze(2)).flatten(1)
+    return (values.unflatten(1, (-1, INT4_GROUP)) * scales.float().unsqueeze(2)).flatten(1)
 
 
 def _empty_rows(outputs: int, inputs: int, encoding: Encoding, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -188,7 +186,7 @@ def _empty_rows(outputs: int, inputs: int, encoding: Encoding, device: torch.dev
         )
     return (
         torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device),
-        torch.empty(outputs, inputs // GROUP, dtype=torch.bfloat16, device=device),
+        torch.empty(outputs, inputs // INT4_GROUP, dtype=torch.bfloat16, device=device),
     )
 
 
@@ -216,7 +214,7 @@ def _check_matrix(matrix: Tensor, encoding: Encoding) -> None:
         raise ValueError(f"encoding must be one of {', '.join(get_args(Encoding))}, got {encoding!r}")
     if matrix.ndim != 2 or not matrix.is_floating_point() or not matrix.numel():
         raise ValueError(f"matrix must be [N, K] of floats and not empty, got {list(matrix.shape)} {matrix.dtype}")
-    multiple = GROUP if encoding == "int4" else 2
+    multiple = INT4_GROUP if encoding == "int4" else 2
     if matrix.shape[1] % multiple:
         raise ValueError(f"matrix has K = {matrix.shape[1]}: {encoding} needs a multiple of {multiple}")
 

@@ -19,17 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tolkernels.cpu import compiled, isa, library
+from tolkernels.formats import DTYPES, INT4_GROUP
 
 PANEL = 32
-GROUP = 32
 _NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # the k, modulo 8, of a lane's values from the lowest bits on
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "int4": torch.int32,
-}
+_DTYPES = DTYPES | {"int8": torch.int8, "int4": torch.int32}
 # Products in a call below which a second thread does not help: at 65,000 one takes 2.5 us of a call's 9, and waking a
 # sleeping thread takes longer.
 _ALONE = 1 << 18
@@ -58,7 +52,7 @@ def empty(outputs: int, inputs: int, encoding: str, device: torch.device) -> tup
     if encoding == "int8":
         return data, torch.empty(outputs, device=device)
     if encoding == "int4":
-        return data, torch.empty(panels, inputs // GROUP, PANEL, dtype=torch.bfloat16, device=device)
+        return data, torch.empty(panels, inputs // INT4_GROUP, PANEL, dtype=torch.bfloat16, device=device)
     return data, None
 
 

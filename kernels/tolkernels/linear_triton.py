@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tolkernels.linear import GROUP
+from tolkernels.formats import INT4_GROUP
 
 # Up to so many tokens a weight is decoded where it is used. Decoding for torch costs an int8 weight's bytes five times
 # (read one, write two, read two), and a tile of 64 tokens is the largest whose sums leave registers to decode with.
@@ -126,7 +126,7 @@ def vector_linear(x: Tensor, values: Tensor, scales: Tensor | None, residual: Te
         outputs,
         inputs,
         bits=_bits(values),
-        group=GROUP,
+        group=INT4_GROUP,
         add=residual is not None,
         rows=VECTOR_ROWS,
         span=VECTOR_SPAN,
@@ -163,7 +163,7 @@ def quantised_linear(x: Tensor, values: Tensor, scales: Tensor, residual: Tensor
         x.stride(0),
         added.stride(0),
         bits=_bits(values),
-        group=GROUP,
+        group=INT4_GROUP,
         add=residual is not None,
         block=block,
         rows=rows,
@@ -188,7 +188,7 @@ def quantised_rows(values: Tensor, scales: Tensor, dtype: torch.dtype, ids: Tens
             len(values),
             inputs,
             bits=bits,
-            group=GROUP,
+            group=INT4_GROUP,
             pick=ids is not None,
             span=VECTOR_SPAN,
         )

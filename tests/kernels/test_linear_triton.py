@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from closeness import DTYPES, check, in_wider_rows
-
-GROUP = 32
+from tolkernels import INT4_GROUP
 
 
 def random_weight(outputs: int, inputs: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,11 +16,11 @@ def random_weight(outputs: int, inputs: int, bits: int) -> tuple[Tensor, Tensor,
         values, scales = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8), torch.rand(outputs) * 0.01
         return values, scales, values.double() * scales.double()[:, None]
     values = torch.randint(256, (outputs, inputs // 2), dtype=torch.uint8)
-    scales = (torch.randn(outputs, inputs // GROUP) * 0.1).to(torch.bfloat16)
+    scales = (torch.randn(outputs, inputs // INT4_GROUP) * 0.1).to(torch.bfloat16)
     matrix = torch.empty(outputs, inputs, dtype=torch.float64)
     for place in range(inputs):
         half = (values[:, place // 2] >> 4 * (place % 2)).int() & 15
-        matrix[:, place] = (half - 16 * (half > 7)) * scales[:, place // GROUP].double()
+        matrix[:, place] = (half - 16 * (half > 7)) * scales[:, place // INT4_GROUP].double()
     return values, scales, matrix
 
 

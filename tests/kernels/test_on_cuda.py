@@ -18,8 +18,9 @@ from tolkernels import (
     store_kv,
 )
 from tolkernels.attention import decode_attention_torch, store_kv_torch
+from tolkernels.formats import Encoding
 from tolkernels.gather import add_rows_torch
-from tolkernels.linear import Encoding, linear_torch
+from tolkernels.linear import linear_torch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tolkernels import DTYPES
 from tolserve.engine.ahead import LookaheadEngine
 from tolserve.engine.blocks import BlockPool
 from tolserve.engine.config import EngineSettings
@@ -44,8 +45,6 @@ AUTO_KV_BYTES = 2 * 2**30
 # there a prompt computes as long as it reads, and smaller pieces only delay it: with 32, 64, 128 its cold prompts took
 # 1.5, 1.2, 0.8 times as long to their first token as without a budget (benchmarks/arrivals.py, a busy machine).
 _MAX_FILLS = {"cpu": 128, "cuda": 8}
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class SettingsError(ValueError):
@@ -112,7 +111,7 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     """float32 on the CPU, whose results are the most exact and whose kernels compute in it anyway; bfloat16 on CUDA."""
     if name == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
-    return _DTYPES[name]
+    return DTYPES[name]
 
 
 def longest_context(settings: EngineSettings, config: ModelConfig) -> int:
