@@ -170,7 +170,9 @@ class EngineOptions(Options):
     model: CliPositionalArg[Path] = Field(DEMO_MODEL, description="model directory; the bundled one if not given")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs; auto prefers cuda")
     dtype: DtypeName = Field("auto", description="precision of keys and values, on cuda of activations too")
-    weights: WeightsName = Field("auto", description="precision of the weights; auto: the checkpoint's, else --dtype")
+    weights: WeightsName = Field(
+        "auto", description="precision of the weights; auto: 16-bit ones as stored on a CPU, else --dtype"
+    )
     table: Path | None = Field(None, description="table directory; else MODEL/tol, else built once into --cache-dir")
     device_cache: CacheSize = Field("10%", description="records on the device: a count, bytes (2GiB) or share (10%)")
     host_cache: CacheSize = Field("0", description="records in RAM behind it, same units; processes share a 100%")
@@ -359,7 +361,7 @@ class TablePlanSettings(Options):
         None, description="the table's encoding; that of one that is there, else bf16"
     )
     dtype: DtypeName = Field("auto", description="as of `serve`; sizes weights, keys and values, as the next four")
-    weights: WeightsName = Field("auto", description="precision of the weights")
+    weights: WeightsName = Field("auto", description="precision of the weights, as of `serve`")
     max_num_seqs: Positive = Field(32, description="sequences in one step at most")
     max_model_len: Positive | None = Field(None, description="tokens of prompt and answer together; the model's limit")
     kv_cache: Bytes = Field("auto", description="memory for keys and values, bytes with a unit (1GiB)")

@@ -78,7 +78,7 @@ def test_weights_and_kv_of_every_kind(
         assert said.layers == model.nbytes - sum(ends.values())
         assert said.kv == engine.runner.kv.data.nbytes
         held = {weight.encoding for layer in model.layers for weight in layer.weights()}
-        assert said.weights == " and ".join(sorted(held | {model.head.encoding}))
+        assert said.weights == " and ".join(sorted(held | {model.head.encoding, model.embedding.encoding}))
 
 
 def test_a_folder_without_weights_is_planned_in_dtype(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The serving model against the training form in float64, for every variant and every way to hold weights."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -133,8 +135,8 @@ def test_what_weights_are_held_in(stored: torch.dtype, dtype: torch.dtype) -> No
     name, asked = (str(each).removeprefix("torch.") for each in (stored, dtype))
     cpu = Precision(dtype)
     assert cpu.activations == torch.float32
-    kept = stored != torch.float32 and fast_on_cpu(name)  # type: ignore[arg-type]
-    assert cpu.matrix(stored) == (name if kept else asked)
+    wanted = asked if stored == torch.float32 else name
+    assert cpu.matrix(stored) == (wanted if fast_on_cpu(wanted) else "float32")  # type: ignore[arg-type]
     assert cpu.embedding(stored) == (asked if stored == torch.float32 else name)
     cuda = Precision(dtype, device="cuda")
     assert (cuda.activations, cuda.matrix(stored)) == (dtype, asked)
@@ -143,6 +145,46 @@ def test_what_weights_are_held_in(stored: torch.dtype, dtype: torch.dtype) -> No
             quantised = Precision(dtype, weights, device)  # type: ignore[arg-type]
             assert quantised.matrix(stored) == weights
             assert quantised.embedding(stored) == cpu.embedding(stored)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_are_rounded_are_told_once(
+    stored: torch.dtype, dtype: torch.dtype, tied: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config("base", tie_word_embeddings=tied)
+    model = ServingModel.random(config, dtype=dtype, stored=stored)
+    held = {getattr(torch, weight.encoding) for weight in model.weights()}
+    numbers = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(stored)
+    lost = not all(torch.equal(numbers.to(each).double(), numbers.double()) for each in held)
+    assert [f"--dtype {str(stored).removeprefix('torch.')} keeps" in each for each in caplog.messages] == [True] * lost
+    caplog.clear()
+    ServingModel.random(config, dtype=dtype, stored=dtype, weights="int8")
+    assert caplog.messages == [], "who asks for integers knows that they are rounded"
+
+
+WITHOUT_KERNELS = """
+import logging, torch
+from tiny import tiny_config
+from tolserve.model.serving import Precision, ServingModel
+logging.basicConfig()
+for stored in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert Precision(dtype).matrix(stored) == "float32"
+for weights in ("auto", "int8", "int4"):
+    ServingModel.random(tiny_config(), dtype=torch.bfloat16, weights=weights)
+"""
+
+
+def test_without_kernels_nothing_slow_is_chosen_and_what_is_asked_for_is_told(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    shutil.copytree(root / "kernels" / "tolkernels", tmp_path / "tolkernels", ignore=shutil.ignore_patterns("*.so"))
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{root / 'server'}:{root / 'tests'}"}
+    command = [sys.executable, "-c", WITHOUT_KERNELS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [word for word in ("auto", "int8", "int4") if f"--weights {word} takes" in done.stderr] == ["int8", "int4"]
 
 
 def test_a_tied_embedding_is_held_once(tmp_path: Path) -> None:
@@ -166,7 +208,7 @@ def test_bytes_are_known_before(weights: Any, variant: Any, tied: bool) -> None:
         assert said.layers + said.embedding == pytest.approx(model.nbytes, rel=0.01)
         ends = {id(weight): weight.nbytes for weight in (model.embedding, model.head)}
         assert said.embedding == pytest.approx(sum(ends.values()), rel=0.01)
-        assert said.encodings == {each.encoding for each in model.weights() if tied or each is not model.embedding}
+        assert said.encodings == {each.encoding for each in model.weights()}
 
 
 def test_int4_needs_whole_groups(tmp_path: Path) -> None:

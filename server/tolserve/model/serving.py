@@ -5,6 +5,7 @@ and up) are one matrix, every norm belongs to the sum before it, and matrices ma
 """
 
 import ctypes
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -15,9 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tolkernels import Encoding, Weight, embedding_rows, fast_on_cpu, linear, linear_argmax, make_weight, rms_norm
+from tolkernels import (
+    DTYPES,
+    INT4_GROUP,
+    Encoding,
+    Weight,
+    embedding_rows,
+    encoded_bytes,
+    fast_on_cpu,
+    linear,
+    linear_argmax,
+    make_weight,
+    rms_norm,
+)
 from tolserve.model.checkpoint import Checkpoint, CheckpointError, check_names, tensor_shapes
 from tolserve.model.config import ConfigError, ModelConfig
+
+log = logging.getLogger(__name__)
 
 # (layer, qkv [T, (heads + 2 kv_heads) * head_dim], not rotated) -> [T, heads * head_dim].
 Attend = Callable[[int, Tensor], Tensor]
@@ -29,7 +44,6 @@ AddRow = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 Weights = Literal["auto", "int8", "int4"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SIXTEEN = (torch.bfloat16, torch.float16)
-_INT4_COLUMNS = 32  # tolkernels' groups
 
 
 @dataclass(frozen=True)
@@ -47,13 +61,14 @@ class Precision:
         return torch.float32 if self.device == "cpu" else self.dtype
 
     def matrix(self, stored: torch.dtype) -> Encoding:
-        """Of a matrix that a checkpoint stores as `stored`. A 16-bit one stays as it is where that is fast: wider it
-        would be no more exact."""
+        """Of a matrix that a checkpoint stores as `stored`. On the CPU a 16-bit one stays as it is: wider it would not
+        be more exact. Where there are no kernels it is float32, which torch reads fastest."""
         if self.weights != "auto":
             return self.weights
-        if self.device == "cpu" and stored in _SIXTEEN and fast_on_cpu(_encoding(stored)):
-            return _encoding(stored)
-        return _encoding(self.dtype)
+        if self.device != "cpu":
+            return _encoding(self.dtype)
+        wanted = _encoding(stored if stored in _SIXTEEN else self.dtype)
+        return wanted if fast_on_cpu(wanted) else "float32"
 
     def embedding(self, stored: torch.dtype) -> Encoding:
         """Of an embedding that is no output head: rows of it are looked up, so its own 16 bits cost no time."""
@@ -62,6 +77,11 @@ class Precision:
 
 def _encoding(dtype: torch.dtype) -> Encoding:
     return cast(Encoding, str(dtype).removeprefix("torch."))
+
+
+def _rounds(stored: torch.dtype, encoding: Encoding) -> bool:
+    """Whether these floats lose something of what is stored; nobody expects integers to keep all."""
+    return encoding in DTYPES and torch.promote_types(stored, DTYPES[encoding]) != DTYPES[encoding]
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ class WeightSizes:
 
     layers: int  # norms included
     embedding: int  # and the output head, where it is not tied
-    encodings: frozenset[Encoding]  # of the layers' matrices and the output head
+    encodings: frozenset[Encoding]  # of all of them
 
 
 def weight_sizes(config: ModelConfig, precision: Precision, stored: Callable[[str], torch.dtype]) -> WeightSizes:
@@ -138,23 +158,15 @@ def weight_sizes(config: ModelConfig, precision: Precision, stored: Callable[[st
     matrices = [each for layer in range(config.num_hidden_layers) for each in LayerNames.of(config, layer).matrices()]
     encodings = {names: precision.matrix(_promoted(stored, names)) for names in [(head,), *matrices]}
     sizes = {
-        names: _encoded_bytes((sum(shapes[name][0] for name in names), shapes[names[0]][1]), encoding)
+        names: encoded_bytes((sum(shapes[name][0] for name in names), shapes[names[0]][1]), encoding)
         for names, encoding in encodings.items()
     }
     embedding = sizes.pop((head,))
     if not config.tie_word_embeddings:
-        embedding += _encoded_bytes(shapes[EMBEDDING], precision.embedding(stored(EMBEDDING)))
+        looked_up = encodings[(EMBEDDING,)] = precision.embedding(stored(EMBEDDING))
+        embedding += encoded_bytes(shapes[EMBEDDING], looked_up)
     norms = sum(4 * shape[0] for shape in shapes.values() if len(shape) == 1)
     return WeightSizes(sum(sizes.values()) + norms, embedding, frozenset(encodings.values()))
-
-
-def _encoded_bytes(shape: Sequence[int], encoding: Encoding) -> int:
-    rows, columns = shape
-    if encoding == "int8":
-        return rows * (columns + 4)
-    if encoding == "int4":
-        return rows * (columns // 2 + columns // _INT4_COLUMNS * 2)
-    return int(rows * columns * getattr(torch, encoding).itemsize)
 
 
 class ServingModel:
@@ -166,12 +178,15 @@ class ServingModel:
     def __init__(self, config: ModelConfig, precision: Precision, source: Source) -> None:
         """Reads one matrix at a time, the largest first: beside the model there is never more than that one.
 
-        Raises ConfigError for a shape that `precision` cannot hold, and what `source` raises.
+        Raises ConfigError for a shape that `precision` cannot hold, and what `source` raises. Logs once what is rounded
+        though nobody asked, and integers that are slow here.
         """
         check_precision(config, precision)
+        _warn_of_slow(precision)
         self.config, self.dtype = config, precision.activations
         self.device = torch.device(precision.device)
         self._source, self._precision = source, precision
+        self._rounded: set[tuple[torch.dtype, Encoding]] = set()
         self.head = self._matrix((EMBEDDING if config.tie_word_embeddings else HEAD,))
         self.embedding = self.head
         if not config.tie_word_embeddings:
@@ -179,11 +194,15 @@ class ServingModel:
         self.layers = [self._layer(LayerNames.of(config, layer)) for layer in range(config.num_hidden_layers)]
         self.norm = self._vector("model.norm.weight")
         self._next_norms = [*(layer.norm for layer in self.layers[1:]), self.norm]
+        if self._rounded:
+            log.warning(_said(self._rounded))
 
     def _matrix(self, names: Sequence[str]) -> Weight:
         return self._held(names, self._precision.matrix(_promoted(self._source.stored, names)))
 
     def _held(self, names: Sequence[str], encoding: Encoding) -> Weight:
+        if _rounds(stored := _promoted(self._source.stored, names), encoding):
+            self._rounded.add((stored, encoding))
         try:
             return make_weight(self._source.read(names).to(self.device), encoding)  # which copies
         except ValueError as error:
@@ -272,6 +291,18 @@ class ServingModel:
         return linear_argmax(hidden, self.head)
 
 
+def _warn_of_slow(precision: Precision) -> None:
+    held = precision.weights
+    if precision.device == "cpu" and held != "auto" and not fast_on_cpu(held):
+        log.warning("--weights %s takes less memory and more time: no CPU kernels, and torch decodes at each use", held)
+
+
+def _said(rounded: set[tuple[torch.dtype, Encoding]]) -> str:
+    pairs = " and ".join(sorted(f"{_encoding(stored)} to {encoding}" for stored, encoding in rounded))
+    exact = reduce(torch.promote_types, (stored for stored, _ in rounded))
+    return f"the checkpoint's weights are rounded, {pairs}: --dtype {_encoding(exact)} keeps them as they are"
+
+
 def _return_freed_memory() -> None:
     """glibc keeps freed blocks of up to 32 MiB for later: beside 246 MB of int8 weights it kept 290 MB of temporaries.
     Other C libraries have no such call, and do not need it."""
@@ -287,7 +318,7 @@ def no_rows(layer: int, stream: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_precision(config: ModelConfig, precision: Precision) -> None:
     """Raises ConfigError for a shape that the kernels do not take: pairs of columns, int4 in whole groups."""
-    multiple = _INT4_COLUMNS if precision.weights == "int4" else 2
+    multiple = INT4_GROUP if precision.weights == "int4" else 2
     for size in ["hidden_size"] + (["intermediate_size"] if config.ffn_variant == "base" else []):
         if getattr(config, size) % multiple:
             how = "use --weights int8 or auto" if precision.weights == "int4" else "no kernel takes it"
