@@ -170,9 +170,7 @@ class EngineOptions(Options):
     model: CliPositionalArg[Path] = Field(DEMO_MODEL, description="model directory; the bundled one if not given")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs; auto prefers cuda")
     dtype: DtypeName = Field("auto", description="precision of keys and values, on cuda of activations too")
-    weights: WeightsName = Field(
-        "auto", description="precision of the weights; auto: 16-bit ones as stored on a CPU, else --dtype"
-    )
+    weights: WeightsName = Field("auto", description="precision of the weights; auto: --dtype, on a cpu 16 bits stay")
     table: Path | None = Field(None, description="table directory; else MODEL/tol, else built once into --cache-dir")
     device_cache: CacheSize = Field("10%", description="records on the device: a count, bytes (2GiB) or share (10%)")
     host_cache: CacheSize = Field("0", description="records in RAM behind it, same units; processes share a 100%")
