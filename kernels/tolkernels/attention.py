@@ -6,6 +6,9 @@ from torch import Tensor
 
 from tolkernels.dispatch import use_compiled, use_triton
 
+# Of the compiled kernels: a megabyte of a thread's stack, and eight times what models have.
+MOST_SIZE, MOST_GROUP = 1024, 128
+
 
 def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Rotate q and k of qkv, write k and v into the cache, and return the rotated q [T, heads, hd] of qkv's dtype.
@@ -16,8 +19,8 @@ def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, keys: Tensor
     Rotated in float32, rounded once.
 
     Rows that pad a batch have places in a block that no sequence owns; several may share one, whose content is then
-    one of theirs. Raises ValueError for shapes and dtypes that do not fit. A place out of range is an IndexError in
-    the twin and undefined in the kernels.
+    one of theirs. Raises ValueError for shapes and dtypes that do not fit. A place out of range is an IndexError on
+    the CPU and undefined on CUDA.
     """
     _check_cache(keys, values)
     kv_heads, size = keys.shape[2:]
@@ -32,7 +35,7 @@ def store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, places: Tensor, keys: Tensor
         raise ValueError(f"places must be [{qkv.shape[0]}] int64, got {list(places.shape)} {places.dtype}")
     if use_triton(qkv.device):
         from tolkernels.attention_triton import store_kv_triton as implementation
-    elif use_compiled(qkv) and keys.dtype != torch.float64:
+    elif _compiled(qkv, keys, 1):
         from tolkernels.attention_cpu import store_kv_cpu as implementation
     else:
         implementation = store_kv_torch
@@ -66,9 +69,9 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, le
 
     Entries of a table past its length are valid block numbers whose content is finite (0 will do). A row that pads a
     batch has length 1 and a table of a block that no sequence owns. The work is laid out by the tables' shape alone, so
-    a CUDA graph may replay it with other lengths. Raises ValueError for shapes and dtypes that do not fit; a block out
-    of range is an IndexError in the twin and undefined in the kernels, as is a length outside 1 .. max_blocks *
-    block_size.
+    a CUDA graph may replay it with other lengths. Raises ValueError for shapes and dtypes that do not fit. A block out
+    of range is an IndexError on the CPU and undefined on CUDA. A length is from 1 to max_blocks * block_size; the
+    compiled kernels raise IndexError for another.
     """
     _check_cache(keys, values)
     kv_heads, size = keys.shape[2:]
@@ -80,7 +83,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, le
         raise ValueError(f"lengths must be [{q.shape[0]}] int32, got {list(lengths.shape)} {lengths.dtype}")
     if use_triton(q.device):
         from tolkernels.attention_triton import decode_attention_triton as implementation
-    elif use_compiled(q) and keys.dtype != torch.float64:
+    elif _compiled(q, keys, q.shape[1] // kv_heads):
         from tolkernels.attention_cpu import decode_attention_cpu as implementation
     else:
         implementation = decode_attention_torch
@@ -116,7 +119,7 @@ def chunk_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, leng
         raise ValueError(f"table must be [blocks] int32, got {list(table.shape)} {table.dtype}")
     if not len(q) <= length <= len(table) * block_size:
         raise ValueError(f"length must be from {len(q)} tokens to {len(table)} blocks of {block_size}, got {length}")
-    if use_compiled(q) and keys.dtype != torch.float64:
+    if _compiled(q, keys, 1):
         from tolkernels.attention_cpu import chunk_attention_cpu
 
         return chunk_attention_cpu(q, keys, values, table, length)
@@ -137,6 +140,11 @@ def chunk_attention_torch(q: Tensor, keys: Tensor, values: Tensor, table: Tensor
     query = q.transpose(0, 1).unsqueeze(0)
     out = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+def _compiled(x: Tensor, keys: Tensor, group: int) -> bool:
+    """Whether the compiled kernels take it: they keep `group` query heads, and their sums, on the stack."""
+    return use_compiled(x) and keys.dtype != torch.float64 and keys.shape[3] <= MOST_SIZE and group <= MOST_GROUP
 
 
 def _check_cache(keys: Tensor, values: Tensor) -> None:

@@ -37,8 +37,8 @@ def add_rows(
 
     With `factor` [rank, d] of the stream's dtype a row is `rank` numbers, and rows @ factor is added.
 
-    Raises ValueError for shapes, dtypes or a layout that do not fit. A slot out of range is an IndexError in the twin
-    and undefined in the kernels, which cannot look: slots come from a lease or from `lookup_slots`.
+    Raises ValueError for shapes, dtypes or a layout that do not fit. A slot out of range is an IndexError on the CPU
+    and undefined on CUDA, where nobody can look: slots come from a lease or from `lookup_slots`.
     """
     _check(data, slots, stream, factor)
     _check_norm(stream, norm_weight)

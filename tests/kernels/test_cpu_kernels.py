@@ -332,6 +332,19 @@ def test_what_a_chunk_cannot_be_is_refused_by_name() -> None:
         chunk_attention(keys=keys, values=values, **good | {"length": 33})
 
 
+@pytest.mark.parametrize(("group", "size"), [(128, 1024), (1, 1026), (1, 16384), (129, 4), (2000, 1024)])
+def test_heads_of_any_size_are_computed(group: int, size: int) -> None:
+    """The largest in the kernels, whose stack has an end, and larger ones in the twins."""
+    torch.manual_seed(0)
+    cache, qkv = paged([70], 1, size, 16, torch.bfloat16), torch.randn(3, (group + 2) * size)
+    angles, places = torch.randn(3, size), torch.tensor([1, 2, 3])
+    q = store_kv(qkv, angles.cos(), angles.sin(), places, *(torch.zeros_like(cache.keys) for _ in range(2)))
+    held = cache.keys.nan_to_num(0), cache.values.nan_to_num(0)  # twins read what they mask
+    close(decode_attention(q[:1], *held, cache.tables, cache.lengths), cache.twin(q[:1]), 1e-5)
+    rows = (*held, cache.tables[0], 70)
+    close(chunk_attention(q, *rows), chunk_attention_torch(q, *rows), 1e-5)
+
+
 def test_who_computes_in_another_precision_keeps_the_twin() -> None:
     assert use_compiled(torch.zeros(1))
     assert not use_compiled(torch.zeros(1, dtype=torch.bfloat16))

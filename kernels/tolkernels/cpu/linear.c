@@ -20,6 +20,8 @@ enum { FLOAT32, FLOAT16, BFLOAT16, INT8, INT4, ENCODINGS };
 enum { PANEL = 32, GROUP = 32, MOST_TOKENS = 12 };
 // Products of |int16| <= 32767 and |int8| <= 127 that an int32 holds in any case.
 enum { EXACT_RUN = 512 };
+// Values of a token that are rounded at once: whole groups.
+enum { ROUNDED = 512 };
 // Bytes in front of a pass over the weights that they are fetched into the L2 cache. Of distances from 512 to 24,576
 // this was the fastest for all encodings (within 5% of it from 6,144 on), and L1 as the target was slower. Without it a
 // core reads at half to two thirds of the rate of a plain sum over the same bytes, with it at .83 to .91.
@@ -62,7 +64,8 @@ INLINE const uint16_t *scales_at(const Weight *weight, long output, long input) 
     return weight->group_scales + (output / PANEL * (weight->inputs / GROUP) + input / GROUP) * PANEL + output % PANEL;
 }
 
-// One unit's share of what comes next: `step` bytes of a unit's, whole cache lines.
+// One unit's share of what comes next: `step` bytes, in whole cache lines from `ahead` on. Where passes have less than a
+// line each, several ask for the same one.
 INLINE void fetch_ahead(const char *ahead, long bytes, long step) {
     _mm_prefetch(ahead, _MM_HINT_T1);
     if (bytes > 64 && step > 64) _mm_prefetch(ahead + 64, _MM_HINT_T1);
@@ -154,8 +157,8 @@ static long packed_length(int encoding, long inputs) {
 // Tokens are cut into blocks as equal as can be. The first token of block b; that of b + 1 is its end.
 static long block_start(const Call *call, long b) { return call->tokens * b / call->weight.passes; }
 
-// A token as 16-bit integers; returns what one of them is worth. A NaN or an infinity makes that one too.
-AVX2 static float round_token(const float *x, long inputs, int16_t *to) {
+// The largest magnitude; a NaN or an infinity is larger than all.
+AVX2 static float largest_of(const float *x, long inputs) {
     uint32_t largest = 0;
     for (long k = 0; k < inputs; k++) {
         uint32_t bits;
@@ -163,37 +166,40 @@ AVX2 static float round_token(const float *x, long inputs, int16_t *to) {
         bits &= 0x7fffffff;  // in the order of magnitudes, NaN above all
         largest = bits > largest ? bits : largest;
     }
-    float magnitude;
-    memcpy(&magnitude, &largest, 4);
-    const float scale = magnitude / 32767, inverse = magnitude > 1e-30f ? 32767 / magnitude : 0;
-    for (long k = 0; k < inputs; k++) {
-        const float shifted = x[k] * inverse + 12582912;  // 1.5 * 2^23: the rounded value is in the lowest bits
-        int32_t bits;
-        memcpy(&bits, &shifted, 4);
-        to[k] = (int16_t)bits;
+    return float_of(largest);
+}
+
+// A token as 16-bit integers, two to a word, and for INT4 then -8 times each group's sum; words lie `step` apart. Returns
+// what a one is worth.
+AVX2 static float pack_integers(const float *x, long inputs, int encoding, int32_t *to, long step) {
+    const float magnitude = largest_of(x, inputs), inverse = magnitude > 1e-30f ? 32767 / magnitude : 0;
+    int32_t *sums = to + inputs / 2 * step;
+    for (long start = 0; start < inputs; start += ROUNDED) {
+        const long count = inputs - start < ROUNDED ? inputs - start : ROUNDED;
+        int16_t rounded[ROUNDED] __attribute__((aligned(64)));
+        for (long k = 0; k < count; k++)  // plus 1.5 * 2^23: the rounded value is in the lowest bits
+            rounded[k] = (int16_t)bits_of_float(x[start + k] * inverse + 12582912);
+        for (long k = 0; k < count; k += 2, to += step) memcpy(to, rounded + k, 4);
+        for (long g = 0; encoding == INT4 && g < count; g += GROUP, sums += step) {
+            int32_t sum = 0;
+            for (int k = 0; k < GROUP; k++) sum += rounded[g + k];
+            *sums = -8 * sum;
+        }
     }
-    return scale;
+    return magnitude / 32767;
 }
 
 static void pack_block(const Call *call, long b) {
     const int encoding = call->encoding;
     const long start = block_start(call, b), count = block_start(call, b + 1) - start, inputs = call->weight.inputs;
     int32_t *const block = call->packed + start * packed_length(encoding, inputs);
-    int16_t rounded[is_integer(encoding) ? inputs : 1];
     for (long t = 0; t < count; t++) {
-        int32_t *to = block + t;
         const float *x = call->x + (start + t) * inputs;
-        const int32_t *from = (const int32_t *)x;
         if (is_integer(encoding)) {
-            call->x_scales[start + t] = round_token(x, inputs, rounded);
-            from = (const int32_t *)rounded;
+            call->x_scales[start + t] = pack_integers(x, inputs, encoding, block + t, count);
+            continue;
         }
-        for (long word = 0; word < inputs / (is_integer(encoding) ? 2 : 1); word++, to += count) *to = from[word];
-        for (long g = 0; encoding == INT4 && g < inputs / GROUP; g++, to += count) {
-            int32_t sum = 0;
-            for (int k = 0; k < GROUP; k++) sum += rounded[g * GROUP + k];
-            *to = -8 * sum;
-        }
+        for (long k = 0; k < inputs; k++) memcpy(block + t + k * count, x + k, 4);
     }
 }
 

@@ -10,7 +10,7 @@
 // result depends neither on the tokens beside it nor on the number of threads.
 
 #define COLUMNS 2
-#define FORCE static inline __attribute__((always_inline)) TARGET
+#define FORCE INLINE TARGET
 #define EACH_COLUMN _Pragma("GCC unroll 2") for (int c = 0; c < COLUMNS; c++)
 #define EACH_TOKEN _Pragma("GCC unroll 12") for (int t = 0; t < tokens; t++)
 
