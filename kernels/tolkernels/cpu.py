@@ -33,6 +33,7 @@ def library() -> ctypes.CDLL | None:
     that there is one pool of threads. The reason for a None is logged, once.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
+        log.warning("the CPU kernels are for Linux on x86-64: torch runs instead, slower")
         return None
     built = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_cpu{suffix}")).exists()]
     if not built:

@@ -1,6 +1,7 @@
 """Linear maps: the compiled CPU kernels at every level of instructions, and the torch twin, against float64."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -419,6 +420,10 @@ def test_the_package_builds_without_a_compiler(tmp_path: Path) -> None:
     assert list((tmp_path / "build").rglob("tolkernels/linear.py"))
 
 
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or "avx2" not in Path("/proc/cpuinfo").read_text().split(),
+    reason="the kernels are for x86-64 with AVX2",
+)
 def test_where_there_is_a_compiler_the_kernels_are_there(tool: Callable[[str], str]) -> None:
     tool("cc")
     assert linear_cpu.available(), "run `make setup`, or `python setup.py build_ext --inplace`"
