@@ -103,7 +103,7 @@ async def _generate(settings: GenerateSettings) -> None:
 
 
 def _generated(settings: GenerateSettings, whole: Any) -> dict[str, Any]:
-    usage = vars(whole.usage) if whole.usage is not None else None
+    usage = whole.usage._asdict() if whole.usage is not None else None
     return {"prompt": settings.prompt, "text": whole.text, "finish_reason": whole.finish_reason, "usage": usage}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,7 +194,7 @@ def test_of_a_prompt_is_cached_what_none_of_its_choices_computed(n: int, found: 
     found = found[: max(1, len(found) // n) * n]
     usage = UsageCount(100 * len(found), n)
     for index in dice.sample(range(len(found)), len(found)):
-        usage.add(index, Piece(finish_reason="stop", usage=replace(USAGE, cached_tokens=found[index])))
+        usage.add(index, Piece(finish_reason="stop", usage=USAGE._replace(cached_tokens=found[index])))
     least = sum(min(found[first : first + n]) for first in range(0, len(found), n))
     assert usage.to_json()["prompt_tokens_details"] == {"cached_tokens": least}
 

@@ -98,6 +98,7 @@ def _site(start_server: Callable[..., Running], _mount: Mount, paged_model: Path
     """Started while the record that its warm-up needs cannot be read."""
     seen = _mount.at(whole_table)
     options = ["--table", str(seen), "--device-cache", "24", "--max-num-seqs", "8"]
+    options += ["--no-prefix-cache"]  # a prompt that came before would need no record
     running = start_server(*options, model=paged_model)
     site = Site(running, _mount, whole_table, Table.open(seen))
     fault = site.inject(FAULTS["io"], WARM_UP)
