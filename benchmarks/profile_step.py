@@ -7,7 +7,8 @@ size: the host's work does not depend on it. A receiver in another process decod
 tokens are replaced by random ones of which a given share is in the device tier (`hit rate`). A part's time is its own,
 without the parts inside it; the layers, the output head and waiting for the disk are left out of the sum. Medians over
 steps, and quartiles of whole steps: on a busy machine those hold other processes' turns; `processor` has the engine
-thread's processor time instead, of a run of its own. Sampling with top-p and log-probabilities are timed alone.
+thread's processor time instead, of a run of its own. Greedy tokens are found in the output head's own loop:
+`greedy_beside_output_head_ms` is what that adds to it. Sampling with top-p and log-probabilities are timed alone.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import zmq
 from model_dir import random_model
 from report import machine, write
 
-from tolserve.engine import engine as engine_module
+from tolkernels import linear, linear_argmax, make_weight
 from tolserve.engine.assemble import assemble, use_threads
 from tolserve.engine.config import EngineSettings
 from tolserve.engine.messages import Hello, Progress, Submit, decode_from_engine, encode
@@ -103,7 +104,6 @@ def watch(server: EngineServer, clock: Clock) -> None:
     clock.wrap(engine.runner.model, "logits", "output head")
     clock.wrap(engine.runner.model, "best", "output head")
     clock.wrap(engine, "_advance", "advance and deltas")
-    clock.wrap(engine_module, "choose", "greedy sampling")
     clock.wrap(engine.metrics, "step", "metrics")
     clock.wrap(server, "_receive_all", "receive")
     clock.wrap(server, "_send_outputs", "encode and send")
@@ -251,7 +251,7 @@ def sampling(batch: int, vocab_size: int) -> dict[str, float]:
     slower to draw from."""
     logits = [2.5 * torch.randn(batch, vocab_size, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     ways = {
-        "greedy": SamplingParams(1, temperature=0.0),
+        "greedy, of logits": SamplingParams(1, temperature=0.0),
         "temperature 1": SamplingParams(1),
         "temperature 0.7": SamplingParams(1, temperature=0.7),
         "top-p 0.95": SamplingParams(1, top_p=0.95),
@@ -266,6 +266,17 @@ def sampling(batch: int, vocab_size: int) -> dict[str, float]:
     }
     tokens = torch.arange(batch)
     return result | {f"{k} logprobs": _milliseconds(lambda i, k=k: logprobs(logits[i % 4], tokens, k)) for k in (0, 5)}  # type: ignore[misc]
+
+
+def greedy(batch: int, vocab_size: int) -> float:
+    """Milliseconds that the best tokens add to the output head; below 0 where it saves more not to write logits."""
+    generator = torch.Generator().manual_seed(0)
+    weight = make_weight(0.02 * torch.randn(vocab_size, HIDDEN, generator=generator), "bfloat16")
+    x = torch.randn(batch, HIDDEN, generator=generator)
+    added = [
+        _milliseconds(lambda i: linear_argmax(x, weight)) - _milliseconds(lambda i: linear(x, weight)) for _ in "abc"
+    ]
+    return round(statistics.median(added), 3)
 
 
 def _milliseconds(run: Callable[[int], Any]) -> float:
@@ -298,6 +309,7 @@ def main() -> None:
         report[name]["processor"] = {key: busy[key] for key in ("host_us", "host_us_sum")}
         serve(model, hit_rate, args, profile=profile)
         report[name]["busiest"] = busiest(profile, args.steps)
+    report["greedy_beside_output_head_ms"] = greedy(args.batch, config.vocab_size)
     report["sampling_ms"] = sampling(args.batch, config.vocab_size)
     write(report, args.out)
 

@@ -102,3 +102,13 @@ def test_what_happens_uncounted_shows_in_gauges_alone(
     assert counted.items() >= known.items()
     assert not any(value for name in counted.keys() - known.keys() for value in counted[name])  # new series are at 0
     assert series(metrics.snapshot(), "gauge") == series(expected.snapshot(), "gauge")
+
+
+def test_observing_several_at_once_is_observing_each() -> None:
+    metrics = Metrics()
+    one, many = (metrics.histogram(name, "", (1.0, 2.0)) for name in ("one", "many"))
+    for value, times in ((0.5, 3), (2.0, 1), (9.0, 2)):
+        many.observe(value, times=times)
+        for _ in range(times):
+            one.observe(value)
+    assert many.samples == one.samples

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Engine:
         self.max_model_len, self.max_queue = max_model_len, max_queue
         self.registry = metrics
         self.metrics = EngineMetrics(metrics)
+        self._eos = runner.model.config.eos_token_id
         self._sequences: dict[str, Sequence] = {}
         self._sit_out = SitOut(self.pager, scheduler.max_fills) if self.pager is not None else None
 
@@ -183,10 +184,9 @@ class Engine:
         now = time.monotonic()
         lease = self._acquire(chunks)
         try:
-            result = self._compute(chunks, lease)
-            outputs = self._advance(chunks, result, lease)
+            outputs, stall = self._compute(chunks, lease)
             if self._sit_out is not None:
-                self._sit_out.ran(chunks, time.monotonic() - now - result.stall)
+                self._sit_out.ran(chunks, time.monotonic() - now - stall)
             return outputs
         except RecordsUnavailable as error:
             return self._fail(chunks, error)
@@ -195,12 +195,15 @@ class Engine:
                 self.pager.release(lease)
             self.metrics.step(self.scheduler, sum(chunk.count for chunk in chunks))
 
-    def _compute(self, chunks: list[Chunk], lease: Lease | None) -> StepResult:
-        """Run the layers, and then tell the policies what ran: the step does not wait for that."""
+    @torch.inference_mode()
+    def _compute(self, chunks: list[Chunk], lease: Lease | None) -> tuple[list[Output], float]:
+        """Run the layers, tell the policies what ran, which no row waits for, and sample: the outputs, and the seconds
+        that rows were waited for."""
         try:
-            return self.runner.run(chunks, lease)
+            result = self.runner.run(chunks, lease)
         finally:
             self._tell(chunks)
+        return self._advance(chunks, result, lease), result.stall
 
     def _tell(self, chunks: list[Chunk]) -> None:
         if self.pager is not None:
@@ -214,7 +217,7 @@ class Engine:
             return None
         tokens = [token for chunk in chunks for token in chunk.tokens]
         claim = claim if claim is not None else self.pager.acquire
-        lease = claim(_distinct(tokens))  # first, since its reads are what the step may wait for
+        lease = claim(tokens)  # first, since its reads are what the step may wait for
         if self.recorder is not None:
             self.recorder.runs(tokens)
         self._read_ahead(self.pager, chunks)
@@ -272,8 +275,8 @@ class Engine:
         sequences = [sequence for sequence, _ in ends]
         params = [sequence.request.sampling for sequence in sequences]
         if all(asked.temperature == 0 and asked.logprobs is None for asked in params):
-            return self._report(sequences, self.runner.best(hidden).tolist(), {})
-        logits = self.runner.logits(hidden)
+            return self._report(sequences, self.runner.model.best(hidden).tolist(), {})
+        logits = self.runner.model.logits(hidden)
         chosen = choose(logits, params, [len(sequence.tokens) for sequence in sequences])
         return self._report(sequences, chosen.tolist(), _scores(sequences, logits, chosen))
 
@@ -296,7 +299,7 @@ class Engine:
         targets = torch.tensor(sequence.tokens[first:last], device=hidden.device)
         begin = cursor - chunk.start - 1
         scored = hidden[begin + first : begin + last]
-        sequence.prompt_logprobs.extend(logprobs(self.runner.logits(scored), targets, top))
+        sequence.prompt_logprobs.extend(logprobs(self.runner.model.logits(scored), targets, top))
 
     def _extend(self, sequence: Sequence, token: int, score: TokenLogprob | None) -> Delta:
         """Give a sequence the token that was chosen for it, and say what came of it."""
@@ -319,24 +322,16 @@ class Engine:
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        params = sequence.request.sampling
-        if sequence.generated:
-            last = sequence.tokens[-1]
-            if last in params.stop_token_ids or (
-                last == self.runner.model.config.eos_token_id and not params.ignore_eos
-            ):
-                return "stop"
+        params, last = sequence.request.sampling, sequence.tokens[-1]
+        stops = last in params.stop_token_ids or (not params.ignore_eos and last == self._eos)
+        if stops and sequence.generated:
+            return "stop"
         return "length" if self._is_full(sequence, 0) else None
 
     def _is_full(self, sequence: Sequence, coming: int) -> bool:
         """Whether nothing may follow once so many tokens have come."""
         limit = sequence.generated + coming >= sequence.request.sampling.max_tokens
         return limit or len(sequence.tokens) + coming >= self.max_model_len
-
-
-def _distinct(tokens: Iterable[int]) -> list[int]:
-    """Each token once, in order of first appearance."""
-    return list(dict.fromkeys(tokens))
 
 
 def _prefetch(pager: Pager, tokens: list[int], room: int) -> int:

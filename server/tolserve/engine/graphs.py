@@ -157,7 +157,7 @@ class Decoder:
         inputs = StepInputs(tokens, position, place, self._tables[:size], self._fields[4, :size])
         attend = DecodeAttention(self.runner.kv, inputs)
         missed = torch.zeros_like(tokens, dtype=torch.bool)
-        rows = no_rows
+        rows, model = no_rows, self.runner.model
         if (pager := self.runner.pager) is not None and pager.maps is not None:
             host = pager.host.memory.tensor() if pager.host.slots else None
             records = pager.host.map.on_device.data if pager.host.map is not None and host is not None else None
@@ -167,7 +167,7 @@ class Decoder:
                 slots.append(found)
                 missed |= absent
             rows = TableRows(self.runner, slots, host)
-        logits = self.runner.logits(self.runner.model.hidden(tokens, attend, rows))
+        logits = model.logits(model.hidden(tokens, attend, rows))
         self._result[0, :size] = logits.argmax(-1)
         self._result[1, :size] = missed
         return logits

@@ -37,4 +37,5 @@ def step_inputs(chunks: list[Chunk], tokens: list[int], block_size: int, device:
     flat = torch.frombuffer(array("q", tokens + positions + places), dtype=torch.int64).to(device)
     lists = torch.frombuffer(tables, dtype=torch.int32).to(device)
     lengths = torch.frombuffer(array("i", [chunk.end for chunk in chunks]), dtype=torch.int32).to(device)
-    return StepInputs(*flat.view(3, -1).unbind(), lists.view(len(chunks), -1), lengths)
+    ids, at, into = flat.view(3, -1).unbind()
+    return StepInputs(ids, at, into, lists.view(len(chunks), -1), lengths)

@@ -45,7 +45,6 @@ class Runner:
         except RuntimeError as error:  # torch's own for CUDA is a subclass; for the CPU there is none
             raise MemoryError(f"the factors of {table.path} do not fit on {self.device}: {error}") from error
 
-    @torch.inference_mode()
     def run(self, chunks: list[Chunk], lease: Lease | None) -> StepResult:
         """Compute one step. Raises RecordsUnavailable if a record it needs could not be read; keys and values written
         until then are overwritten when the sequences run again."""
@@ -56,15 +55,6 @@ class Runner:
             return StepResult(self.model.hidden(inputs.tokens, attend, no_rows), 0.0)
         rows = _LeasedRows(self, lease, tokens)
         return StepResult(self.model.hidden(inputs.tokens, attend, rows), rows.stall)
-
-    @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)
-
-    @torch.inference_mode()
-    def best(self, hidden: Tensor) -> Tensor:
-        """The token with the largest logit of each row, [T] int64."""
-        return self.model.best(hidden)
 
 
 class TableRows:

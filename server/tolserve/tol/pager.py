@@ -346,9 +346,10 @@ class Pager:
         for part, slots in zip(self.parts, lease.slots, strict=False):
             if not over:
                 part.read_by(slots.values())
+            policy = part.policy
             for token in order:
                 if token in part.slot_of and token not in lease.lost:
-                    part.policy.touch(token)
+                    policy.touch(token)
         self.poll()
         for part in self.parts:
             while len(part.free) < part.spare and self._evict(part, self._spare):
