@@ -11,7 +11,7 @@ never read, by whoever has the blocks after it: they may be freed while the step
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -84,12 +84,25 @@ class LookaheadEngine(Engine):
 
     def _begin(self) -> list[Output]:
         """A step whose tokens are known, with nothing on its way."""
-        self._forget_late()
         chunks = self._choose_chunks()
         if not all(chunk.count == 1 and chunk.samples for chunk in chunks):
             return self.run(chunks)
         self._full = True
         return self._start(chunks) if chunks else []
+
+    def _acquire(self, chunks: list[Chunk], claim: Callable[[list[int]], Lease] | None = None) -> Lease | None:
+        """A step whose tokens are known takes over what was looked up for sequences that waited, and gives up what was
+        for those that are not in it: their slots may be needed."""
+        if claim is None and self.pager is not None and self._late:
+            late, self._late = self._late, {}
+            ends = {chunk.sequence.request_id: chunk.sequence.tokens[-1] for chunk in chunks if chunk.samples}
+            past: dict[int, Lease] = {}
+            for name in late:  # the earliest first: it was the one that missed
+                if name in ends:
+                    past.setdefault(ends[name], late[name])
+            self._let_go(set(late.values()) - set(past.values()))
+            claim = partial(self.pager.acquire, past=past)
+        return super()._acquire(chunks, claim)
 
     def _start(self, chunks: list[Chunk]) -> list[Output]:
         """Launch a step of decodes whose tokens are known, when their records are there."""
@@ -208,11 +221,6 @@ class LookaheadEngine(Engine):
             for lease in set(leases) - used:
                 self.pager.release(lease, over=True)
 
-    def _forget_late(self) -> None:
-        leases = list(self._late.values())
-        self._late.clear()
-        self._let_go(leases)
-
     def _drain(self) -> None:
         """Have nothing on its way."""
         if (flight := self._flight) is not None:
@@ -220,7 +228,9 @@ class LookaheadEngine(Engine):
             self._kept += outputs
             self._flight = None
             self._let_go(flight.leases())
-        self._forget_late()
+        leases = list(self._late.values())
+        self._late.clear()
+        self._let_go(leases)
 
     def resize(self, device_cache: str | None, host_cache: str | None) -> CacheSizes:
         self._drain()

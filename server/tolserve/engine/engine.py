@@ -206,9 +206,22 @@ class Engine:
         return self._advance(chunks, result, lease), result.stall
 
     def _tell(self, chunks: list[Chunk]) -> None:
-        if self.pager is not None:
-            for chunk in chunks:
-                _tell(self.pager, chunk)
+        """Tell policies and recorder of the tokens that run for the first time: a step may fail, or its sequence be
+        preempted."""
+        if self.pager is None:
+            return
+        new: list[int] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.start > sequence.told:  # they were in the prefix cache
+                self.pager.recall(sequence.request_id, sequence.tokens[sequence.told : chunk.start])
+            if chunk.end > sequence.told:
+                fresh = sequence.tokens[max(chunk.start, sequence.told) : chunk.end]
+                self.pager.advance(sequence.request_id, fresh)
+                new += fresh
+                sequence.told = chunk.end
+        if self.recorder is not None:
+            self.recorder.runs(new)
 
     def _acquire(self, chunks: list[Chunk], claim: Callable[[list[int]], Lease] | None = None) -> Lease | None:
         """Pin the step's records, by Pager.acquire or as told, then let the reads for coming steps run while this one
@@ -218,8 +231,6 @@ class Engine:
         tokens = [token for chunk in chunks for token in chunk.tokens]
         claim = claim if claim is not None else self.pager.acquire
         lease = claim(tokens)  # first, since its reads are what the step may wait for
-        if self.recorder is not None:
-            self.recorder.runs(tokens)
         self._read_ahead(self.pager, chunks)
         return lease
 
@@ -338,16 +349,6 @@ def _prefetch(pager: Pager, tokens: list[int], room: int) -> int:
     """Prefetch the first of these records, as many as are missing and have room; returns how many were started."""
     reachable = prefix_within(tokens, pager.present, room)
     return pager.prefetch(tokens[:reachable]) if reachable else 0
-
-
-def _tell(pager: Pager, chunk: Chunk) -> None:
-    """Tell the policies of the tokens that run for the first time: a step may fail, or its sequence be preempted."""
-    sequence = chunk.sequence
-    if chunk.start > sequence.told:  # they were in the prefix cache
-        pager.recall(sequence.request_id, sequence.tokens[sequence.told : chunk.start])
-    if chunk.end > sequence.told:
-        pager.advance(sequence.request_id, sequence.tokens[max(chunk.start, sequence.told) : chunk.end])
-        sequence.told = chunk.end
 
 
 def _count(chunk: Chunk, stall: float, lease: Lease) -> None:

@@ -18,7 +18,7 @@ class Lease:
     """The records stay in their slots until the lease is released.
 
     `slots` maps, for each part of the device tier, each distinct token to its slot; `hits` are the tokens that were in
-    the device tier, whole, when asked for.
+    the device tier, whole, when asked for (by an earlier lease, of those that acquire took over).
     """
 
     def __init__(self, bring: "Callable[[Lease, int], float]", tokens: dict[int, None]) -> None:
@@ -30,7 +30,7 @@ class Lease:
         self.absent: dict[int, list[int]] = {}  # parts that had to be brought, by token
         self.fills: list[Fill] = []  # that it waits for
         self.lost: set[int] = set()  # tokens whose fill failed: their slots are others' by now
-        self.unreported = 0.0  # seconds that acquire was blocked, reported by the first wait
+        self.unreported = 0.0  # seconds that acquire was blocked, reported by the first wait or by settle
         self.stalled = False
         self.in_place: list[int] = []  # tokens whose records the step reads in host memory
 

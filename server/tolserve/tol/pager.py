@@ -6,7 +6,7 @@ aside for them; it notices their arrival (`poll`) and only then counts and maps 
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 
 from tolserve.metrics import Metrics
@@ -116,18 +116,24 @@ class Pager:
         """Whether the record is in the device tier, or on its way there."""
         return all(token in part.slot_of for part in self.parts)
 
-    def acquire(self, tokens: Sequence[int]) -> Lease:
+    def acquire(self, tokens: Sequence[int], past: Mapping[int, Lease] | None = None) -> Lease:
         """Pin the records of a step's tokens and start the missing reads, all at once.
 
         Repeated tokens count once. Blocks only when the slots it needs are taken by reads that nobody waits for, until
         one of them is through. Raises ValueError, with nothing changed, when the tokens do not fit beside those of
         other leases (split the step), or for a token outside the vocabulary.
 
+        `past` says under which leases some of the tokens were looked up before, for the same use. These leases, whose
+        steps are over, are released, and what is still there of those tokens is not counted again.
+
         The policies hear of it when the lease is released, after the reads were started and the step was launched.
         """
         self._land(block=False)
         wanted = self._distinct(tokens)
-        others = len({token for lease in self._leases for token in lease.tokens if lease.holds(token)} - wanted.keys())
+        past = past if past is not None else {}
+        earlier = set(past.values())
+        pins = {token for lease in self._leases if lease not in earlier for token in lease.tokens if lease.holds(token)}
+        others = len(pins - wanted.keys())
         if len(wanted) + others > self.slots:
             raise ValueError(
                 f"{len(wanted)} distinct tokens do not fit into {self.slots} slots of which {others} are pinned by "
@@ -136,7 +142,9 @@ class Pager:
         lease = Lease(self.bring, wanted)
         self._leases.append(lease)
         try:
-            self._claim(lease)
+            for each in earlier:  # now that the new one pins what is still wanted
+                self.release(each, over=True)
+            self._claim(lease, past)
         except BaseException:
             self.release(lease)
             raise
@@ -181,7 +189,7 @@ class Pager:
         lease.in_place = in_place
         return lease
 
-    def _claim(self, lease: Lease) -> None:
+    def _claim(self, lease: Lease, past: Mapping[int, Lease]) -> None:
         tokens = lease.tokens
         for index, part in enumerate(self.parts):
             slots = {token: part.slot_of.get(token, -1) for token in tokens}
@@ -193,9 +201,12 @@ class Pager:
         self._join(lease)
         arriving = {fill.token for fill in lease.fills}.difference(lease.absent)
         lease.hits = frozenset(tokens).difference(lease.absent, arriving)
-        self._count.lookups.add(len(tokens) - len(lease.absent))
-        self._count.hits.add(len(lease.hits))
-        self._count.misses.add(len(arriving), "inflight")
+        asked = past.keys() - lease.absent.keys()
+        self._count.lookups.add(len(tokens) - len(lease.absent) - len(asked))
+        self._count.hits.add(len(lease.hits - asked))
+        self._count.misses.add(len(arriving - asked), "inflight")
+        if asked:
+            lease.hits = (lease.hits - asked).union(token for token in asked if token in past[token].hits)
         if lease.absent:
             self._demand(lease)
 
