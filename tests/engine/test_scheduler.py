@@ -58,14 +58,15 @@ class Load:
             here = list(self.scheduler.sequences())
             if not here and not waiting:
                 return
-            before = {id(sequence): sequence.pending for sequence in self.scheduler.running}
+            before = {id(sequence): sequence.decodes for sequence in self.scheduler.running}
             chunks = self.scheduler.schedule()
             assert bool(chunks) == bool(here), "a step is empty only when nobody is there"
             self.check(chunks, before)
             self.advance(chunks)
         pytest.fail(f"not done after {self.step_limit} steps: {self.scheduler.running} {self.scheduler.waiting}")
 
-    def check(self, chunks: list[Chunk], pending_before: dict[int, int]) -> None:
+    def check(self, chunks: list[Chunk], decoded: dict[int, bool]) -> None:
+        """`decoded` says of those that ran before whether they decode."""
         scheduler = self.scheduler
         assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks), "a sequence is in a step twice"
         assert sum(chunk.count for chunk in chunks) <= scheduler.max_tokens
@@ -82,9 +83,9 @@ class Load:
             assert chunk.end <= len(chunk.sequence.tokens)
             assert len(chunk.sequence.blocks) * BLOCK_SIZE >= chunk.end, "no room for the chunk's keys"
             assert chunk.start == chunk.sequence.computed
-            self.check_past(chunk, admitted=id(chunk.sequence) not in pending_before)
+            self.check_past(chunk, admitted=id(chunk.sequence) not in decoded)
         # 0: decodes of running sequences, 1: their prefills, 2: newly admitted ones
-        kinds = [2 if (p := pending_before.get(id(c.sequence))) is None else int(p > 1) for c in chunks]
+        kinds = [2 if (known := decoded.get(id(c.sequence))) is None else int(not known) for c in chunks]
         assert kinds == sorted(kinds), "a decode behind a prefill"
 
     def check_blocks(self) -> None:

@@ -196,11 +196,7 @@ class _Step:
         A prompt with more distinct tokens than there is room for takes half of the room: the other half then takes
         the next chunk's records while this one computes.
         """
-        if (
-            sequence.pending == 1
-            and self.room
-            and (self._max_distinct is None or len(self.distinct) < self._max_distinct)
-        ):
+        if sequence.decodes and self.room and (self._max_distinct is None or len(self.distinct) < self._max_distinct):
             return 1  # what follows would find the same, in three times the time
         wanted = self._wanted(sequence, sequence.computed)
         if self._max_distinct is not None:
@@ -208,16 +204,16 @@ class _Step:
             fitting = prefix_within(wanted, self.distinct.__contains__, room)
             if fitting < len(wanted):
                 wanted = wanted[: prefix_within(wanted, self.distinct.__contains__, (room + 1) // 2)]
-        if self._decodes and sequence.pending > 1:
+        if self._decodes and not sequence.decodes:
             return prefix_within(wanted, self._at_hand, self._fills)
         return len(wanted)
 
     def add(self, sequence: Sequence, count: int) -> None:
         chunk = Chunk(sequence, sequence.computed, count)
-        if sequence.pending > 1:
-            self._fills -= len({token for token in chunk.tokens if not self._at_hand(token)})
-        else:
+        if sequence.decodes:
             self._decodes = True
+        else:
+            self._fills -= len({token for token in chunk.tokens if not self._at_hand(token)})
         self.chunks.append(chunk)
         self._members.add(id(sequence))
         self.room -= count
@@ -242,7 +238,7 @@ def prefix_within(tokens: list[int], known: Present, limit: int) -> int:
 
 
 def _has_prompt(sequence: Sequence) -> bool:
-    return sequence.pending > 1
+    return not sequence.decodes
 
 
 def _everything(token: int) -> bool:

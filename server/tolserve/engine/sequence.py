@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 
-from tolserve.engine.request import FinishReason, Request, TokenLogprob
+from tolserve.engine.request import Request, TokenLogprob
 
 
 @dataclass(eq=False)  # identity: two sequences with equal fields are still two
@@ -35,7 +35,6 @@ class Sequence:
     hits_reported: int = 0  # of these
     stall: float = 0.0  # seconds
     sat_out: bool = False  # the last step, see sitout.SitOut
-    finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.request_id = self.request.request_id
@@ -58,6 +57,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that have not passed through the layers yet."""
         return len(self.tokens) - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its next token is one that was chosen for it. The last token of a prompt is still of the prompt."""
+        return self.pending == 1 and self.generated > 0
 
 
 @dataclass(slots=True)
