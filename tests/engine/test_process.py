@@ -8,8 +8,11 @@ import pytest
 from engine.driver import OpenEngine, finish, request, submit
 from tolserve.engine.engine import Engine
 from tolserve.engine.process import warm_up
+from tolserve.engine.runner import StepResult
+from tolserve.engine.sequence import Chunk
 from tolserve.metrics import Metric
 from tolserve.tol.frequencies import read_frequencies
+from tolserve.tol.pager import Lease
 from tolserve.tol.replay import Trace
 
 
@@ -19,9 +22,18 @@ def counted(engine: Engine) -> list[Metric]:
 
 @pytest.mark.parametrize("max_model_len", [None, 1, 2])
 def test_a_warm_up_runs_the_model_and_counts_nothing(engine_of: OpenEngine, max_model_len: int | None) -> None:
+    """A prompt and, where there is room for both, a decode."""
     with engine_of(device_cache="16", max_model_len=max_model_len) as engine:
         before = counted(engine)
+        run, counts = engine.runner.run, list[int]()
+
+        def noted(chunks: list[Chunk], lease: Lease | None) -> StepResult:
+            counts.extend(chunk.count for chunk in chunks)
+            return run(chunks, lease)
+
+        engine.runner.run = noted  # type: ignore[method-assign]
         warm_up(engine)
+        assert counts == ([1] if max_model_len == 1 else [2] if max_model_len == 2 else [2, 1])
         assert counted(engine) == before
         assert not engine.busy
         assert engine.pager is not None

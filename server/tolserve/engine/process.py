@@ -146,10 +146,11 @@ class EngineServer:
 def warm_up(engine: Engine) -> None:
     """Run a tiny request through prefill and decode: what is compiled, allocated or loaded at its first use is there
     when the first client comes. It shows in no counter and in no recording."""
-    sampling = SamplingParams(max_tokens=min(2, engine.max_model_len - 1), temperature=0.0, ignore_eos=True)
+    prompt = (0,) * min(2, engine.max_model_len)  # one token alone runs as those that decode do
+    sampling = SamplingParams(max_tokens=min(2, engine.max_model_len - len(prompt)), temperature=0.0, ignore_eos=True)
     recorder, engine.recorder = engine.recorder, None
     with engine.registry.uncounted():
-        failed = engine.add(Request("warm-up", (0,), sampling))
+        failed = engine.add(Request("warm-up", prompt, sampling))
         while engine.busy:
             failed = next((output for output in engine.step() if isinstance(output, Failure)), failed)
     engine.recorder = recorder
