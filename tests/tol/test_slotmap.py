@@ -1,12 +1,14 @@
 """Maps on the device: what a step sees, and what may be overwritten while it does."""
 
 import random
+import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tol.tables import make_table, open_pager, value
+from tol.tables import HeldTable, make_table, open_pager, value
 from tolserve.tol.pager import Lease, Pager
 from tolserve.tol.slotmap import SlotMap
 
@@ -61,6 +63,35 @@ def test_a_map_shows_what_is_there_as_of_the_last_publish(steps: list[tuple[obje
         expected = [shown.get(token, -1) for token in range(SIZE)]
         assert slots.seen.tolist() == expected
         assert slots.on_device.data.tolist() == expected
+
+
+def test_what_is_gone_is_told_once() -> None:
+    """It may be back before the next change, at a place that nothing tells of again."""
+    slots = SlotMap(SIZE, "cpu")
+    slots.put(0, 5, None)
+    slots.publish(wait=False)
+    slots.remove(0)
+    slots.put(0, 7, None)
+    for token in (1, 2):
+        slots.publish(wait=False)
+        assert slots.seen[0] == slots.on_device.data[0] == 7
+        slots.put(token, token, None)
+
+
+def test_a_step_that_runs_already_may_have_waited_for_a_slot(tmp_path: Path) -> None:
+    """Its tokens are known when all slots are taken by reads that nobody waits for."""
+    table = HeldTable(make_table(tmp_path / "tol")[0])
+    with open_pager(table, 2, mapped=True) as (pager, metrics):
+        with table.held() as go:
+            assert pager.prefetch([0, 1]) == 2
+            pager.publish()
+            pager.launch_blind()
+            threading.Timer(0.05, go.set).start()
+            lease = pager.settle([2])
+        assert lease.unreported > 0.01
+        assert value(metrics, "tol_stall_seconds_total") == lease.unreported
+        assert value(metrics, "tol_stalled_steps_total") == 1
+        pager.release(lease, over=True)
 
 
 View = tuple[memoryview, bytes]

@@ -141,6 +141,7 @@ class LookaheadEngine(Engine):
             pager.launch_blind()
         for row in rows:
             self._late.pop(row.sequence.request_id, None)
+        self.metrics.sat_out.add(len(absent) + len(self._late))
         return Flight(rows, self.decoder.launch(rows), time.monotonic(), absent)
 
     def _next_rows(self, flight: Flight) -> tuple[list[Row], list[Sequence]] | None:
@@ -184,10 +185,11 @@ class LookaheadEngine(Engine):
         flight.lease = lease
         for row in fresh:
             row.lease = lease
-        late = absent + [row.sequence for row in fresh if row.void]
+        void = [row.sequence for row in fresh if row.void]
         if lease is not None:
-            self._late |= {sequence.request_id: lease for sequence in late}
-        self.metrics.sat_out.add(len(late))
+            self._late |= {sequence.request_id: lease for sequence in absent + void}
+            flight.stall += lease.unreported
+        self.metrics.sat_out.add(len(void))
         self._tell(chunks)
 
     def _land(self, flight: Flight) -> list[Output]:

@@ -30,7 +30,7 @@ class Lease:
         self.absent: dict[int, list[int]] = {}  # parts that had to be brought, by token
         self.fills: list[Fill] = []  # that it waits for
         self.lost: set[int] = set()  # tokens whose fill failed: their slots are others' by now
-        self.unreported = 0.0  # seconds that acquire was blocked, reported by the first wait or by settle
+        self.unreported = 0.0  # seconds that acquire was blocked, reported by the first wait, if there is one
         self.stalled = False
         self.in_place: list[int] = []  # tokens whose records the step reads in host memory
 

@@ -173,7 +173,8 @@ class Pager:
         that is what the step saw.
 
         A record that it reads in host memory stays there until the release, which copies it up: a miss without a stall.
-        That goes for `held` tokens too, which the step runs as well and which another lease has.
+        That goes for `held` tokens too, which the step runs as well and which another lease has. What it was blocked is
+        `unreported` of the lease.
         """
         maps = self._mapped()
         maps.blind = False
@@ -187,6 +188,7 @@ class Pager:
                 self.host.give_back(token, None)
             raise
         lease.in_place = in_place
+        self._stalled(lease, lease.unreported)
         return lease
 
     def _claim(self, lease: Lease, past: Mapping[int, Lease]) -> None:
@@ -328,11 +330,15 @@ class Pager:
             waited += time.perf_counter() - started
         for index in range(last + 1):
             self.parts[index].ready(lease.slots[index].values())
-        if waited:
-            self._count.stall_seconds.add(waited)
+        self._stalled(lease, waited)
+        return waited
+
+    def _stalled(self, lease: Lease, seconds: float) -> None:
+        """A step waited so long for its records."""
+        if seconds:
+            self._count.stall_seconds.add(seconds)
             self._count.stalled_steps.add(0 if lease.stalled else 1)
             lease.stalled = True
-        return waited
 
     def release(self, lease: Lease, over: bool = False) -> None:
         """Give up a step's records; a second time does nothing.
