@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine.driver import open_engine
+from engine.flights import open_ahead
 from engine.test_assemble import foreign_table
 from tiny import tiny_config
 from tolserve.cli import main
@@ -70,6 +71,10 @@ def test_weights_and_kv_of_every_kind(
     model_dir = model_dir_of(tiny_config(variant, **shape))
     settings = EngineSettings(model=str(model_dir), cache_dir=str(cache_dir), device="cpu", weights=weights)
     said = footprint(settings, ModelConfig.load(model_dir), None)
+    with open_ahead(model_dir, cache_dir, weights=weights) as ahead:
+        theirs = footprint(settings, ModelConfig.load(model_dir), None, ahead=True)
+        assert theirs.kv == ahead.runner.kv.data.nbytes > said.kv
+        assert theirs.kv_tokens == said.kv_tokens == ahead.scheduler.pool.blocks * ahead.runner.kv.block_size
     with open_engine(model_dir, cache_dir, weights=weights) as engine:
         model = engine.runner.model
         ends = {id(weight): weight.nbytes for weight in (model.embedding, model.head)}

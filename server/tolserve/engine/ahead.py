@@ -10,6 +10,7 @@ All steps run on one stream, in order. So what a void or finished sequence write
 never read, by whoever has the blocks after it: they may be freed while the step still runs.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from tolserve.engine.sequence import Chunk, Sequence
 from tolserve.tol.lease import Lease
 from tolserve.tol.pager import RecordsUnavailable
 from tolserve.tol.view import CacheSizes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -237,14 +240,22 @@ class LookaheadEngine(Engine):
     def resize(self, device_cache: str | None, host_cache: str | None) -> CacheSizes:
         self._drain()
         sizes = super().resize(device_cache, host_cache)
-        self.decoder.capture()
+        self._capture_anew()
         return sizes
 
     def reopen(self) -> dict[str, Any]:
         self._drain()
         facts = super().reopen()
-        self.decoder.capture()
+        self._capture_anew()
         return facts
+
+    def _capture_anew(self) -> None:
+        """The tiers are others by now, and what was before may be gone. There is room, since the old graphs and the
+        old tier lay beside the new one until now; if another process has taken it, steps go on without graphs."""
+        try:
+            self.decoder.capture()
+        except MemoryError as error:
+            log.warning("decode steps are slower from now on, until the tiers are changed again: %s", error)
 
     def close(self) -> None:
         if self.pager is not None:

@@ -3,7 +3,7 @@
 import fcntl
 import logging
 import os
-from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -52,10 +52,10 @@ class SettingsError(ValueError):
 
 
 def assemble(settings: EngineSettings, ahead: bool | None = None) -> Engine:
-    """Load everything a server needs. `ahead`: launch steps ahead of the host's knowledge, which is done on CUDA unless
-    told otherwise. The CPU computes nothing meanwhile, so there it only costs the void steps.
+    """Load everything a server needs. `ahead`: launch steps ahead of the host's knowledge; None is what `runs_ahead`
+    says.
 
-    Raises ConfigError, CheckpointError, TableError or SettingsError with one clear line.
+    Raises ConfigError, CheckpointError, TableError, SettingsError or MemoryError with one clear line.
     """
     model_dir = Path(settings.model)
     config = ModelConfig.load(model_dir)
@@ -69,13 +69,43 @@ def assemble(settings: EngineSettings, ahead: bool | None = None) -> Engine:
     recorder = _recorder(settings, config)
     model = ServingModel.load(model_dir, dtype=dtype, weights=settings.weights, device=device)
     log.info("weights: %.1f MB, output head in %s", model.nbytes / 1e6, model.head.encoding)
-    ahead = device == "cuda" if ahead is None else ahead
-    # One block more: what pads a step of a graph writes there.
-    kv = KVCache(config, blocks=blocks + ahead, block_size=BLOCK_SIZE, max_len=max_len, dtype=dtype, device=device)
-    # Last: a table in shared memory is there for others too, and must not stay behind when something else fails.
-    pager = _pager(settings, table, device, metrics, ahead) if table is not None else None
-    scheduler = Scheduler(
-        BlockPool(blocks, BLOCK_SIZE),
+    ahead = runs_ahead(device) if ahead is None else ahead
+    held = allocated_blocks(blocks, ahead)
+    kv = KVCache(config, blocks=held, block_size=BLOCK_SIZE, max_len=max_len, dtype=dtype, device=device)
+    with ExitStack() as undo:
+        # Last: a table in shared memory is there for others too, and must not stay behind when something else fails.
+        pager = _pager(settings, table, device, metrics, ahead) if table is not None else None
+        if pager is not None:
+            undo.callback(pager.close)
+        runner = Runner(model, kv, pager)
+        make = partial(LookaheadEngine, decoder=_decoder(settings, runner, spare=blocks)) if ahead else Engine
+        engine: Engine = make(
+            runner,
+            _scheduler(settings, BlockPool(blocks, BLOCK_SIZE), pager, device),
+            metrics,
+            max_model_len=max_len,
+            max_queue=settings.max_queue,
+            recorder=recorder,
+            watch=watch,
+        )
+        undo.pop_all()
+    return engine
+
+
+def runs_ahead(device: str) -> bool:
+    """Whether steps are launched ahead of the host's knowledge. The CPU computes nothing meanwhile, so there it would
+    only cost the void steps."""
+    return device == "cuda"
+
+
+def allocated_blocks(blocks: int, ahead: bool) -> int:
+    """KV blocks in memory where sequences have `blocks`. One more with steps ahead: what pads a step writes there."""
+    return blocks + ahead
+
+
+def _scheduler(settings: EngineSettings, pool: BlockPool, pager: Pager | None, device: str) -> Scheduler:
+    return Scheduler(
+        pool,
         max_seqs=settings.max_num_seqs,
         max_tokens=settings.max_num_batched_tokens,
         max_distinct=pager.slots if pager is not None else None,
@@ -83,19 +113,17 @@ def assemble(settings: EngineSettings, ahead: bool | None = None) -> Engine:
         max_fills=_MAX_FILLS[device],
         prefix_cache=settings.prefix_cache,
     )
-    runner = Runner(model, kv, pager)
-    make: Callable[..., Engine] = Engine
-    if ahead:
-        make = partial(LookaheadEngine, decoder=Decoder(runner, max_rows=settings.max_num_seqs, spare=blocks))
-    return make(
-        runner,
-        scheduler,
-        metrics,
-        max_model_len=max_len,
-        max_queue=settings.max_queue,
-        recorder=recorder,
-        watch=watch,
-    )
+
+
+def _decoder(settings: EngineSettings, runner: Runner, spare: int) -> Decoder:
+    """Takes what is left of the device's memory, so it is the first to find none."""
+    try:
+        return Decoder(runner, max_rows=settings.max_num_seqs, spare=spare)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise SettingsError(
+            f"--device-cache {settings.device_cache} and --kv-cache {settings.kv_cache} leave no room for the steps "
+            f"themselves: give less to one of them, or a smaller --max-num-seqs ({error})"
+        ) from error
 
 
 def choose_device(name: str) -> str:

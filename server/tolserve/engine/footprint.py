@@ -6,7 +6,16 @@ from pathlib import Path
 
 import torch
 
-from tolserve.engine.assemble import BLOCK_SIZE, choose_device, choose_dtype, find_table, kv_blocks, longest_context
+from tolserve.engine.assemble import (
+    BLOCK_SIZE,
+    allocated_blocks,
+    choose_device,
+    choose_dtype,
+    find_table,
+    kv_blocks,
+    longest_context,
+    runs_ahead,
+)
 from tolserve.engine.config import EngineSettings
 from tolserve.engine.kv import KVCache
 from tolserve.model.checkpoint import WEIGHTS, Checkpoint, read_fingerprint
@@ -19,19 +28,21 @@ from tolserve.tol.table import Table, TableError
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that `assemble` allocates beside the table's tiers; keys and values are in `dtype`."""
+    """Bytes that `assemble` allocates beside the table's tiers and a step's own; keys and values are in `dtype`."""
 
     dtype: str
     weights: str  # how the layers' matrices are held, "float32 and int8" if not all alike
     layers: int  # attention, norms, and the FFNs of a base or flex model
     embedding: int  # and the output head, where it is not tied
     kv: int
-    kv_tokens: int
+    kv_tokens: int  # that sequences can have
     factors: int  # of a lowrank table
 
 
-def footprint(settings: EngineSettings, config: ModelConfig, table: Table | None) -> Footprint:
-    """`table` is the one to be served from, None if there is none yet.
+def footprint(
+    settings: EngineSettings, config: ModelConfig, table: Table | None, ahead: bool | None = None
+) -> Footprint:
+    """`table` is the one to be served from, None if there is none yet; `ahead` is assemble's.
 
     Raises SettingsError for settings that do not fit the model or the machine.
     """
@@ -40,13 +51,14 @@ def footprint(settings: EngineSettings, config: ModelConfig, table: Table | None
     precision = Precision(dtype, settings.weights, device)
     weights = weight_sizes(config, precision, _stored(Path(settings.model), dtype))
     blocks = kv_blocks(settings, config, dtype, longest_context(settings, config))
+    held = allocated_blocks(blocks, runs_ahead(device) if ahead is None else ahead)
     ranks = (table.manifest.encoding.ranks if table is not None else None) or ()
     return Footprint(
         dtype=str(dtype).removeprefix("torch."),
         weights=" and ".join(sorted(weights.encodings)),
         layers=weights.layers,
         embedding=weights.embedding,
-        kv=blocks * KVCache.bytes_per_block(config, BLOCK_SIZE, dtype),
+        kv=held * KVCache.bytes_per_block(config, BLOCK_SIZE, dtype),
         kv_tokens=blocks * BLOCK_SIZE,
         factors=sum(ranks) * config.hidden_size * precision.activations.itemsize,
     )

@@ -74,8 +74,8 @@ def _views(flat: Tensor, rows: int, blocks: int) -> tuple[Tensor, Tensor]:
 
 
 def ladder(most: int) -> list[int]:
-    """Batch sizes with a graph each: 1, 2, 4, and then every eighth, so that up to a seventh of a larger step's rows
-    are padding. Reading the weights is most of such a step, whatever its rows."""
+    """Batch sizes with a graph each: 1, 2, 4, and then every eighth up to `most`. At most seven rows of a step are
+    padding: 9 run as 16, 65 as 72."""
     return sorted({size for size in (1, 2, 4, *range(8, most, 8), most) if size <= most})
 
 
@@ -143,7 +143,7 @@ class Decoder:
             tokens.copy_(choose(logits, params, [row.position + 1 for row in rows]))
 
     def _run(self, size: int) -> Tensor:
-        if self.runner.device.type != "cuda":
+        if size not in self._graphs:  # on the CPU, and where `capture` found no memory
             return self._forward(size)
         graph, logits = self._graphs[size]
         graph.replay()
@@ -175,10 +175,20 @@ class Decoder:
     @torch.inference_mode()
     def capture(self) -> None:
         """Record the graphs, on CUDA: at first, and whenever the tiers or the table were changed, whose memory they
-        read. No step may be on its way."""
+        read. No step may be on its way.
+
+        Raises MemoryError when the device has no room; steps of the sizes that have no graph are then launched kernel
+        by kernel, with the same result.
+        """
         if self.runner.device.type != "cuda":
             return
         self._graphs.clear()
+        try:
+            self._record()
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"the CUDA graphs of decode steps do not fit on the device: {error}") from error
+
+    def _record(self) -> None:
         staging = self._stagings[0]
         self._pad(staging, 0, self.max_rows)
         self._flat.copy_(staging.flat)

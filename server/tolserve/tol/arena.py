@@ -110,10 +110,16 @@ class DeviceArena:
 
 
 class DeviceMap:
-    """`data` int32 [size] on `device`: where each token's record lies, -1 for nowhere. Steps look it up themselves."""
+    """`data` int32 [size] on `device`: where each token's record lies, -1 for nowhere. Steps look it up themselves.
+
+    Raises MemoryError when the device has no room.
+    """
 
     def __init__(self, size: int, device: Device) -> None:
-        self.data = torch.full((size,), -1, dtype=torch.int32, device=device)
+        try:
+            self.data = torch.full((size,), -1, dtype=torch.int32, device=device)
+        except RuntimeError as error:  # torch's own for CUDA is a subclass; for the CPU there is none
+            raise MemoryError(f"the places of {size} records do not fit on {device}: {error}") from error
 
     def write(self, tokens: Sequence[int], places: Sequence[int]) -> None:
         """Launch the change of these entries on the current stream: steps launched from now on see it, earlier ones do

@@ -46,14 +46,14 @@ class WholeTable:
         _delete_unused(keep=self.path)
         self._fd = self._open(table, disk)
         try:
+            self.map = SlotMap(self.slots, device) if mapped else None
+            if self.map is not None:
+                self.map.reset({token: token for token in range(self.slots)})
             mapping = mmap.mmap(self._fd, self._size, prot=mmap.PROT_READ)
             self.memory = HostMemory(manifest.vocab_size, manifest.record_bytes, device, mapping)
         except BaseException:
             self._let_go()
             raise
-        self.map = SlotMap(self.slots, device) if mapped else None
-        if self.map is not None:
-            self.map.reset({token: token for token in range(self.slots)})
 
     def _open(self, table: Table, disk: DiskSource) -> int:
         """A descriptor of the complete file, with a shared lock on it."""
