@@ -30,7 +30,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    token_hits: list[bool] = field(default_factory=list)
+    token_hits: list[bool | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     failure: Failure | None = None
@@ -121,6 +121,7 @@ def assert_idle(engine: Engine) -> None:
     assert not engine.busy
     assert not list(engine.scheduler.sequences())
     assert engine.scheduler.pool.free == engine.scheduler.pool.blocks
+    engine.scheduler.pool.check()
     if engine.pager is not None:
         engine.pager.preload([])  # waits for what is on its way
         engine.pager.check()
