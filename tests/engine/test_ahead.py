@@ -16,6 +16,8 @@ from engine.flights import ORDERS, open_ahead, requests_of
 from engine.lagging import Late
 from engine.test_engine import assert_same_output, prompt_of
 from tol.tables import flip_byte, value
+from tolserve.engine.assemble import SettingsError
+from tolserve.engine.graphs import Decoder
 from tolserve.engine.request import Request, Usage
 from tolserve.model.build import build_table
 from tolserve.tol.frequencies import read_frequencies
@@ -202,6 +204,43 @@ def test_a_table_is_exchanged_between_two_steps(
         finish(engine, answers)
         assert {n: a.tokens for n, a in answers.items()} == {n: a.tokens for n, a in alone(1).items()}
         assert_idle(engine)
+
+
+def no_memory(*args: Any) -> None:
+    raise MemoryError("somebody else has it")
+
+
+def test_a_change_that_leaves_no_memory_for_graphs_ends_nothing(
+    tiny_model_dir: Path,
+    cache_dir: Path,
+    alone: Alone,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with open_ahead(tiny_model_dir, cache_dir, device_cache="64") as engine:
+        submit(engine, requests_of(1))
+        answers: Answers = {}
+        for _ in range(9):
+            collect(answers, engine.step())
+        monkeypatch.setattr(engine.decoder, "capture", no_memory)
+        assert engine.resize("50", None).device.slots == 50
+        assert "somebody else has it" in caplog.text
+        finish(engine, answers)
+        assert {n: a.tokens for n, a in answers.items()} == {n: a.tokens for n, a in alone(1).items()}
+        assert_idle(engine)
+
+
+def test_a_start_without_memory_for_its_steps_says_what_to_give_less_and_leaves_nothing(
+    tiny_model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "capture", no_memory)
+    shared = set(Path("/dev/shm").glob("tolserve-*"))
+    with (
+        pytest.raises(SettingsError, match=r"--device-cache 64 and --kv-cache auto.*somebody else"),
+        open_ahead(tiny_model_dir, cache_dir, device_cache="64", host_cache="100%"),
+    ):
+        pass
+    assert set(Path("/dev/shm").glob("tolserve-*")) <= shared
 
 
 @pytest.mark.parametrize("name", ORDERS)

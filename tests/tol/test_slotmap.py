@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tol.tables import HeldTable, make_table, open_pager, value
+from tolserve.tol.arena import DeviceMap
 from tolserve.tol.pager import Lease, Pager
 from tolserve.tol.slotmap import SlotMap
 
@@ -63,6 +64,17 @@ def test_a_map_shows_what_is_there_as_of_the_last_publish(steps: list[tuple[obje
         expected = [shown.get(token, -1) for token in range(SIZE)]
         assert slots.seen.tolist() == expected
         assert slots.on_device.data.tolist() == expected
+
+
+def test_places_without_memory_for_them_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MemoryError, match="do not fit on cpu"):
+        DeviceMap(1 << 60, "cpu")
+    table, _ = make_table(tmp_path / "tol")
+    shared = set(Path("/dev/shm").glob("tolserve-*"))
+    monkeypatch.setattr("tolserve.tol.shared.SlotMap", lambda size, device: SlotMap(1 << 60, device))
+    with pytest.raises(MemoryError), open_pager(table, 2, 40, mapped=True):
+        pass
+    assert set(Path("/dev/shm").glob("tolserve-*")) <= shared
 
 
 def test_what_is_gone_is_told_once() -> None:
