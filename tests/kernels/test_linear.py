@@ -418,6 +418,7 @@ def test_the_package_builds_without_a_compiler(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("*.so"))
     assert list((tmp_path / "build").rglob("tolkernels/linear.py"))
+    assert not list((tmp_path / "build").rglob("*.[ch]")), "sources are no part of what is installed"
 
 
 @pytest.mark.skipif(
