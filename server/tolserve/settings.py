@@ -358,6 +358,7 @@ class TablePlanSettings(Options):
     encoding: EncodingName | None = Field(
         None, description="the table's encoding; that of one that is there, else bf16"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="as of `serve`; cuda need not be here")
     dtype: DtypeName = Field("auto", description="as of `serve`; sizes weights, keys and values, as the next four")
     weights: WeightsName = Field("auto", description="precision of the weights, as of `serve`")
     max_num_seqs: Positive = Field(32, description="sequences in one step at most")

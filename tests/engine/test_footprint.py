@@ -93,6 +93,22 @@ def test_a_folder_without_weights_is_planned_in_dtype(tiny_model_dir: Path, tmp_
         assert footprint(settings, ModelConfig.load(tmp_path), None).weights == dtype
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_a_gpu_is_planned_for_where_there_is_none(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, weights: str
+) -> None:
+    argv = [str(tiny_model_dir), "--cache-dir", str(tmp_path), "--dtype", dtype, "--weights", weights]
+    gpu = planned(capsys, *argv, "--device", "cuda")["memory"]
+    held = "bfloat16" if dtype == "auto" else dtype
+    assert gpu["dtype"] == held
+    assert gpu["weights"] == (held if weights == "auto" else weights)
+    cpu = planned(capsys, *argv, "--device", "cpu")["memory"]
+    assert cpu["dtype"] == ("float32" if dtype == "auto" else dtype)
+    wider = 2 if dtype == "auto" else 1
+    assert cpu["kv"] / cpu["kv_tokens"] == pytest.approx(wider * gpu["kv"] / gpu["kv_tokens"], rel=0.05)
+
+
 @pytest.mark.parametrize("encoding", ["int8", "int4"])
 def test_a_table_of_another_encoding_is_as_planned(
     model_dir_of: Callable[[ModelConfig], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str

@@ -44,9 +44,10 @@ def footprint(
 ) -> Footprint:
     """`table` is the one to be served from, None if there is none yet; `ahead` is assemble's.
 
-    Raises SettingsError for settings that do not fit the model or the machine.
+    Raises SettingsError for settings that do not fit the model.
     """
-    device = choose_device(settings.device)
+    # A plan makes nothing on the device, so another machine's may be planned for.
+    device = settings.device if settings.device == "cuda" else choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     precision = Precision(dtype, settings.weights, device)
     weights = weight_sizes(config, precision, _stored(Path(settings.model), dtype))
