@@ -64,8 +64,8 @@ INLINE const uint16_t *scales_at(const Weight *weight, long output, long input) 
     return weight->group_scales + (output / PANEL * (weight->inputs / GROUP) + input / GROUP) * PANEL + output % PANEL;
 }
 
-// One unit's share of what comes next: `step` bytes, in whole cache lines from `ahead` on. Where passes have less than a
-// line each, several ask for the same one.
+// One unit's share of what comes next: `step` bytes, in whole cache lines from `ahead` on. Where passes have less than
+// a line each, several ask for the same one.
 INLINE void fetch_ahead(const char *ahead, long bytes, long step) {
     _mm_prefetch(ahead, _MM_HINT_T1);
     if (bytes > 64 && step > 64) _mm_prefetch(ahead + 64, _MM_HINT_T1);
@@ -169,8 +169,8 @@ AVX2 static float largest_of(const float *x, long inputs) {
     return float_of(largest);
 }
 
-// A token as 16-bit integers, two to a word, and for INT4 then -8 times each group's sum; words lie `step` apart. Returns
-// what a one is worth.
+// A token as 16-bit integers, two to a word, and for INT4 then -8 times each group's sum. Words lie `step` apart.
+// Returns what a one is worth.
 AVX2 static float pack_integers(const float *x, long inputs, int encoding, int32_t *to, long step) {
     const float magnitude = largest_of(x, inputs), inverse = magnitude > 1e-30f ? 32767 / magnitude : 0;
     int32_t *sums = to + inputs / 2 * step;
