@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +34,8 @@ from tolserve.settings import ServeSettings
 
 Times = list[list[float]]  # by stream: when each of its tokens came, seconds
 START_SECONDS = 600.0
+ANSWERED = b"HTTP/1.1 200 "
+TOKEN = b'data: {"id"'  # how a token's event begins
 
 
 @dataclass
@@ -76,9 +78,9 @@ def bare_engine(options: dict[str, Any], orders: Connection) -> None:
 def clients(port: int, orders: Connection) -> None:
     """A process with all the streaming clients."""
     while (work := orders.recv()) is not None:
-        times: Times = [[] for _ in work.prompts]
+        streams = [Stream() for _ in work.prompts]
         waiting = selectors.DefaultSelector()
-        for index, prompt in enumerate(work.prompts):
+        for received, prompt in zip(streams, work.prompts, strict=True):
             body = {
                 "model": "random",
                 "prompt": prompt,
@@ -91,23 +93,33 @@ def clients(port: int, orders: Connection) -> None:
             data = json.dumps(body).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: {len(data)}\r\n"
             stream.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + data)
-            waiting.register(stream, selectors.EVENT_READ, index)
+            waiting.register(stream, selectors.EVENT_READ, received)
         while waiting.get_map():
             for key, _ in waiting.select():
-                _read(waiting, key, times[key.data])
-        orders.send(times)
+                stream = key.fileobj
+                if not key.data.take(stream.recv(1 << 16)):
+                    waiting.unregister(stream)
+                    stream.close()
+        orders.send([received.times for received in streams])
 
 
-def _read(waiting: selectors.BaseSelector, key: selectors.SelectorKey, times: list[float]) -> None:
-    """Note what came on one connection. A chunk is never split: it is smaller than a packet of the loopback."""
-    stream: Any = key.fileobj
-    data = stream.recv(1 << 16)
-    if not times and data and b" 200 " not in data[:20] and data.startswith(b"HTTP/"):
-        raise RuntimeError(data.decode())
-    times += [time.perf_counter()] * data.count(b'data: {"id"')
-    if not data:
-        waiting.unregister(stream)
-        stream.close()
+@dataclass
+class Stream:
+    """What came on one connection."""
+
+    times: list[float] = field(default_factory=list)
+    head: bytes = b""
+    tail: bytes = b""
+
+    def take(self, data: bytes) -> bool:
+        """Note the tokens in the next bytes, wherever they were split; False at the end."""
+        self.head = (self.head + data)[: len(ANSWERED)]
+        if not ANSWERED.startswith(self.head):
+            raise RuntimeError(data.decode())
+        known = self.tail + data
+        self.times += [time.perf_counter()] * known.count(TOKEN)
+        self.tail = known[-len(TOKEN) + 1 :]  # too short to hold one that was counted
+        return bool(data)
 
 
 @contextmanager
@@ -210,6 +222,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
+    if args.tokens < 2:
+        parser.error("--tokens: a rate needs at least two tokens")
     args.vocab = json.loads((args.model / "config.json").read_text())["vocab_size"]
     settings = ServeSettings.load([str(args.model), *options], "serve").engine_json()
     with socket.create_server(("127.0.0.1", 0)) as free:
