@@ -44,6 +44,7 @@ class LlamaCpp:
         if self._model is None:
             raise RuntimeError(f"llama.cpp could not load {path}")
         self._context: Any = None
+        self._size = (0, 0)  # of the context: sequences and tokens
         self._threads, self._room = options["threads"], options["room"]
         self._positions: list[int] = []
         self._kv_bytes = 2 * 2 * options["shape"]["num_hidden_layers"] * options["shape"]["hidden_size"]
@@ -55,12 +56,16 @@ class LlamaCpp:
             self._decode([(token, at, sequence, at == len(prompt) - 1) for at, token in enumerate(prompt)])
 
     def _open(self, sequences: int, longest: int) -> None:
-        """A new context, which has the keys and values; milliseconds."""
+        """A context, which has the keys and values: the last one, emptied, if it is of that size."""
+        size = (sequences, sequences * -(-longest // CELLS) * CELLS)
+        if self._context is not None and size == self._size:
+            lib.llama_memory_clear(lib.llama_get_memory(self._context), False)  # what lay in cells need not be wiped
+            return
         if self._context is not None:
             lib.llama_free(self._context)
+        self._size = size
         params = lib.llama_context_default_params()
-        params.n_seq_max = sequences
-        params.n_ctx = sequences * -(-longest // CELLS) * CELLS
+        params.n_seq_max, params.n_ctx = size
         params.n_batch = 2048
         params.n_threads = params.n_threads_batch = self._threads
         self._context = lib.llama_init_from_model(self._model, params)

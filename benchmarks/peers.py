@@ -145,14 +145,16 @@ def compared(times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def measure_group(result: dict[str, Any], start: list[Any], trace: Trace, args: argparse.Namespace) -> None:
-    """Fills `result` as it goes: what was measured stays when a peer fails."""
-    result["decode"] = {}
+    """Fills `result` as it goes: what was measured stays when a peer fails. Facts are asked for twice: who cannot tell
+    them fails before anything is measured, and memory is that of the end."""
+    result["decode"], result["facts"] = {}, {}
     with ExitStack() as stack:
         peers = []
         for make in start:
             peer = make()
             stack.callback(peer.close)
             tell_ready(peer)
+            result["facts"][peer.name] = peer.ask("facts")
             peers.append(peer)
         for batch, context in args.shapes[1:]:
             figures = measure_decode(peers, trace, batch, context, args)
