@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tolserve.engine.ahead import LookaheadEngine
-from tolserve.engine.assemble import _MAX_FILLS, BLOCK_SIZE
+from tolserve.engine.assemble import BLOCK_SIZE, MAX_FILLS
 from tolserve.engine.blocks import BlockPool
 from tolserve.engine.engine import Engine
 from tolserve.engine.graphs import Decoder, Row
@@ -99,7 +99,7 @@ class ForcedEngine:
             max_tokens=chunk,
             max_distinct=pager and pager.slots,
             present=pager and pager.present,
-            max_fills=_MAX_FILLS[device],
+            max_fills=MAX_FILLS[device],
             prefix_cache=False,  # prompts come again, to be computed again
         )
         runner = Runner(model, kv, pager)

@@ -26,7 +26,7 @@ from tolserve.tol.table import Table, describe
 FINGERPRINT = "random"  # what random_table.py stamps
 
 
-def random_model(path: Path, config: ModelConfig, table: Path | None = None) -> Path:
+def write_model(path: Path, config: ModelConfig, table: Path | None = None) -> Path:
     """The model directory at `path`, written now unless it is there; its table is `table`, or one of its own."""
     if (path / "tokenizer_config.json").exists():  # written last
         return path
@@ -81,7 +81,7 @@ def main() -> None:
         num_hidden_layers=args.layers or config.num_hidden_layers,
         vocab_size=args.vocab or config.vocab_size,
     )
-    random_model(args.path, config, args.table)
+    write_model(args.path, config, args.table)
     table = args.path / "tol"
     report.write({"model": args.path.name} | (describe(Table.open(table)) if table.exists() else {}), None)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import report
-from model_dir import random_model
+from model_dir import write_model
 from random_table import random_table
 
 from tolserve.model.presets import preset
@@ -68,7 +68,7 @@ def main() -> None:
     config = preset("1B", "memory")
     shape = {name: getattr(config, name) for name in ("vocab_size", "hidden_size")}
     random_table(args.table, num_layers=config.num_hidden_layers, **shape)
-    random_model(args.model, config, args.table)
+    write_model(args.model, config, args.table)
     times = []
     for _ in range(9):
         forget(args.table)

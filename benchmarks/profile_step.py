@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import zmq
-from model_dir import random_model
+from model_dir import write_model
 from report import machine, write
 
 from tolkernels import linear, linear_argmax, make_weight
@@ -299,7 +299,7 @@ def main() -> None:
     args = parser.parse_args()
     use_threads()
     config = replace(preset("1B", "memory"), hidden_size=HIDDEN, intermediate_size=HIDDEN)
-    model = random_model(args.work, config)
+    model = write_model(args.work, config)
     report = machine() | {"batch": args.batch, "vocabulary": config.vocab_size, "sampling_ms": {}}
     for hit_rate in args.hit_rates:
         profile = cProfile.Profile()

@@ -44,7 +44,7 @@ AUTO_KV_BYTES = 2 * 2**30
 # most, about a step's own 1-2 ms; on the CPU for 26 ms of the 1B shape's 100. The demo model's steps are shorter, but
 # there a prompt computes as long as it reads, and smaller pieces only delay it: with 32, 64, 128 its cold prompts took
 # 1.5, 1.2, 0.8 times as long to their first token as without a budget (benchmarks/arrivals.py, a busy machine).
-_MAX_FILLS = {"cpu": 128, "cuda": 8}
+MAX_FILLS = {"cpu": 128, "cuda": 8}
 
 
 class SettingsError(ValueError):
@@ -110,7 +110,7 @@ def _scheduler(settings: EngineSettings, pool: BlockPool, pager: Pager | None, d
         max_tokens=settings.max_num_batched_tokens,
         max_distinct=pager.slots if pager is not None else None,
         present=pager.present if pager is not None else None,
-        max_fills=_MAX_FILLS[device],
+        max_fills=MAX_FILLS[device],
         prefix_cache=settings.prefix_cache,
     )
 
