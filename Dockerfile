@@ -39,7 +39,8 @@ WORKDIR /src
 ARG BUILD_PACKAGES="gcc libc6-dev"
 RUN command -v cc \
     || { apt-get update -qq \
-         && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $BUILD_PACKAGES; } \
+         && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $BUILD_PACKAGES; }; \
+    command -v cc \
     || echo "no C compiler: the image will lack the CPU kernels" >&2
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['fast'], sep='\n')" \
