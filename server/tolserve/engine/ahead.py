@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tolserve.engine.engine import Engine, Output, _count, _scores
+from tolserve.engine.engine import Engine, Output, count_lookups, token_scores
 from tolserve.engine.graphs import Decoder, Launch, Row
 from tolserve.engine.request import Failure, Request
 from tolserve.engine.sequence import Chunk, Sequence
@@ -206,12 +206,12 @@ class LookaheadEngine(Engine):
         for index, chunk in zip(done, chunks, strict=True):
             self.scheduler.ran(chunk)
             if (lease := flight.rows[index].lease) is not None:
-                _count(chunk, flight.stall, lease)
+                count_lookups(chunk, flight.stall, lease)
         if self._sit_out is not None:
             self._sit_out.ran(chunks, now - max(flight.launched, self._landed))
         self._landed = now
         sequences = [chunk.sequence for chunk in chunks]
-        scores = _scores(sequences, *flight.launch.choices(done)) if _scored(sequences) else {}
+        scores = token_scores(sequences, *flight.launch.choices(done)) if _scored(sequences) else {}
         outputs = self._report(sequences, [tokens[index] for index in done], scores)
         self.metrics.step(self.scheduler, len(done))
         return outputs

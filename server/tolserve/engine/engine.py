@@ -274,7 +274,7 @@ class Engine:
         for chunk in chunks:
             self.scheduler.ran(chunk)
             if lease is not None:
-                _count(chunk, result.stall, lease)
+                count_lookups(chunk, result.stall, lease)
             if chunk.sequence.request.sampling.prompt_logprobs is not None:
                 self._score_prompt(chunk, result.hidden, cursor)
             cursor += chunk.count
@@ -289,7 +289,7 @@ class Engine:
             return self._report(sequences, self.runner.model.best(hidden).tolist(), {})
         logits = self.runner.model.logits(hidden)
         chosen = choose(logits, params, [len(sequence.tokens) for sequence in sequences])
-        return self._report(sequences, chosen.tolist(), _scores(sequences, logits, chosen))
+        return self._report(sequences, chosen.tolist(), token_scores(sequences, logits, chosen))
 
     def _report(self, sequences: list[Sequence], tokens: list[int], scores: dict[int, TokenLogprob]) -> list[Output]:
         """Give sequences the tokens that were chosen for them; `scores` are by index."""
@@ -351,7 +351,8 @@ def _prefetch(pager: Pager, tokens: list[int], room: int) -> int:
     return pager.prefetch(tokens[:reachable]) if reachable else 0
 
 
-def _count(chunk: Chunk, stall: float, lease: Lease) -> None:
+def count_lookups(chunk: Chunk, stall: float, lease: Lease) -> None:
+    """A chunk has run: what its sequence has looked up, found and waited for."""
     sequence, tokens = chunk.sequence, chunk.tokens
     if len(tokens) == 1:
         sequence.lookups += 1
@@ -368,7 +369,7 @@ def _count(chunk: Chunk, stall: float, lease: Lease) -> None:
         known += [token in lease.hits for token in tokens[len(known) - chunk.start :]]
 
 
-def _scores(sequences: list[Sequence], logits: Tensor, chosen: Tensor) -> dict[int, TokenLogprob]:
+def token_scores(sequences: list[Sequence], logits: Tensor, chosen: Tensor) -> dict[int, TokenLogprob]:
     """Of the tokens [B] chosen from logits [B, V], by row: those of the sequences that asked for log-probabilities."""
     asked: dict[int, list[int]] = {}  # rows by the number of alternatives
     for row, sequence in enumerate(sequences):
