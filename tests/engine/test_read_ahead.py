@@ -101,8 +101,11 @@ def test_records_of_running_prompts_are_read_first(engine_of: OpenEngine) -> Non
 def test_where_one_decodes_next_few_reads_are_started_ahead(engine_of: OpenEngine) -> None:
     with engine_of(device_cache="64", max_num_batched_tokens=STEP) as engine:
         engine.scheduler.max_fills = 3
-        cold = list(COLD[: 4 * STEP])
-        submit(engine, [request("short", [COLD[-1]], 2), request("cold", cold, 2)])
+        submit(engine, [request("short", [COLD[-1]], 4)])
+        engine.step()
+        (decoding,) = engine.scheduler.running
+        cold = [token for token in COLD if token not in decoding.tokens][: 4 * STEP]
+        submit(engine, [request("cold", cold, 2)])
         assert started_ahead(engine, cold[3:]) == set(cold[3:6]), "three for this step, three for the next"
         finish(engine)
         assert_idle(engine)
