@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import zmq
 from model_dir import write_model
-from report import machine, write
+from report import become_engine, machine, write
 
 from tolkernels import linear, linear_argmax, make_weight
 from tolserve.engine.assemble import assemble, use_threads
@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("--hit-rates", type=float, nargs="+", default=[1.0, 0.81])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    become_engine()
     use_threads()
     config = replace(preset("1B", "memory"), hidden_size=HIDDEN, intermediate_size=HIDDEN)
     model = write_model(args.work, config)

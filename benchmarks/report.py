@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tolkernels import fast_on_cpu
+from tolserve.engine.boot import spin_briefly
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -25,6 +26,14 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "commit": commit.stdout.strip(),
         "command": " ".join(["python", *(Path(a).name if a.startswith(("/", "..")) else a for a in sys.argv)]),
     }
+
+
+def become_engine() -> None:
+    """Start this program anew, once, where its compute threads do not wait as those of the engine process do: libgomp
+    was told when torch was loaded, which is long ago."""
+    if "GOMP_SPINCOUNT" not in os.environ and sys.platform == "linux":
+        spin_briefly()
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def _processor() -> str:

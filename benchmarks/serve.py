@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from report import machine, write
+from report import become_engine, machine, write
 
 from tolserve.settings import ServeSettings
 
@@ -224,6 +224,7 @@ def main() -> None:
     args, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     if args.tokens < 2:
         parser.error("--tokens: a rate needs at least two tokens")
+    become_engine()
     args.vocab = json.loads((args.model / "config.json").read_text())["vocab_size"]
     settings = ServeSettings.load([str(args.model), *options], "serve").engine_json()
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -16,6 +16,11 @@ from tolserve.engine.pulse import Pulse
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+# How often a compute thread without work looks for some before it sleeps. libgomp's 300,000 keep a core busy between
+# two steps, where others need it: handing 16 deltas to the socket's thread then takes 245 us instead of 110. 60,000 are
+# as bad, 2,000 to 30,000 alike; layers are as fast as ever from 20,000 on (1B shape, two cores).
+_SPINS = b"30000"
+
 
 def die_with_parent(parent: int) -> None:
     """Let the kernel kill this process when its parent ends, even while it is stopped or deep in a step.
@@ -29,6 +34,12 @@ def die_with_parent(parent: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def spin_briefly() -> None:
+    """Tell libgomp, which reads it when torch is loaded; what an operator has set stays."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).setenv(b"GOMP_SPINCOUNT", _SPINS, 0)
+
+
 def main() -> int:
     # A terminal signals its whole group, a service manager all of a service's processes; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -38,6 +49,7 @@ def main() -> int:
     logs.configure(told["log_format"], told["log_level"], "engine")
     pulse = Pulse(told.pop("pulse"))
     pulse.start()
+    spin_briefly()
     try:
         from tolserve.engine.process import run
 
