@@ -17,8 +17,9 @@ from tolserve.engine.pulse import Pulse
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # How often a compute thread without work looks for some before it sleeps. libgomp's 300,000 keep a core busy between
-# two steps, where others need it: handing 16 deltas to the socket's thread then takes 245 us instead of 110. 60,000 are
-# as bad, 2,000 to 30,000 alike; layers are as fast as ever from 20,000 on (1B shape, two cores).
+# two steps, where others need it: handing 16 deltas to the socket's thread then takes 247 us instead of 109. 60,000 are
+# as bad, 2,000 to 30,000 alike; layers are as fast as ever at 20,000 and 30,000, and 7% slower at 2,000 (1B shape, two
+# cores, benchmarks/results/spins-1b-cpu.json).
 _SPINS = b"30000"
 
 
