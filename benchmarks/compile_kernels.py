@@ -111,6 +111,7 @@ def cases(dtype: torch.dtype, *, brief: bool) -> Iterator[Launch]:
     for values in ("int4",) if brief else ("bf16", "int8", "int4"):
         yield from launches(f"add_rows {values}", lambda values=values: add_rows(dtype, values, None))
     yield from launches("add_rows lowrank-int8", lambda: add_rows(dtype, "int8", 64))
+    yield from launches("add_rows bf16, scaled", lambda: add_rows(dtype, "bf16", None, scaled=True))
     yield from launches("store_kv", lambda: store_kv(dtype))
     for batch, kv_heads in ((1, HEADS),) if brief else ((1, HEADS), (32, HEADS), (1, HEADS // 4)):
         case = f"decode_attention batch {batch}, {kv_heads} kv heads"
@@ -133,12 +134,13 @@ def lookup_arguments() -> tuple[Tensor, Tensor, Tensor]:
     return torch.zeros(4, dtype=torch.int64), slot_map, slot_map.clone()
 
 
-def add_rows(dtype: torch.dtype, values: str, rank: int | None) -> None:
+def add_rows(dtype: torch.dtype, values: str, rank: int | None, scaled: bool = False) -> None:
     group_size = None if values == "bf16" else 32 if rank else 64
     data, stream = torch.zeros(4, 98_304, dtype=torch.uint8), torch.zeros(4, HIDDEN, dtype=dtype)
     slots, weight = torch.zeros(4, dtype=torch.int64), torch.ones(HIDDEN)
     factor = torch.zeros(rank, HIDDEN, dtype=dtype) if rank else None
     layout = {"offset": 0, "values": values, "group_size": group_size, "factor": factor}
+    layout |= {"scale": torch.ones(4)} if scaled else {}
     gather_triton.add_rows_triton(data, slots, stream, weight, 1e-5, host=data.clone(), **layout)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor  # torch loads the OpenMP runtime that the kernels look
 
 log = logging.getLogger(__name__)
 
-_INTERFACE = 2  # cpu/isa.h's
+_INTERFACE = 3  # cpu/isa.h's
 
 
 @cache

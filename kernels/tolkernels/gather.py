@@ -24,6 +24,7 @@ def add_rows(
     group_size: int | None,
     factor: Tensor | None = None,
     host: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(stream + each token's row, RMSNorm of that sum times norm_weight): new tensors [T, d] of the stream's dtype.
 
@@ -37,11 +38,16 @@ def add_rows(
 
     With `factor` [rank, d] of the stream's dtype a row is `rank` numbers, and rows @ factor is added.
 
+    With `scale` [T] float32 each token's row, or its `rank` numbers, is first multiplied by its number, in float32. 1
+    gives what no scale gives, bit for bit, and 0 leaves the stream as it is, since rows are finite.
+
     Raises ValueError for shapes, dtypes or a layout that do not fit. A slot out of range is an IndexError on the CPU
     and undefined on CUDA, where nobody can look: slots come from a lease or from `lookup_slots`.
     """
     _check(data, slots, stream, factor)
     _check_norm(stream, norm_weight)
+    if scale is not None and (scale.shape != slots.shape or scale.dtype != torch.float32):
+        raise ValueError(f"scale must be [{slots.shape[0]}] float32, got {list(scale.shape)} {scale.dtype}")
     if host is not None and (host.ndim != 2 or host.dtype != torch.uint8 or host.device.type != "cpu"):
         raise ValueError(f"host must be [records, stride] uint8 in RAM, got {list(host.shape)} {host.dtype}")
     width = stream.shape[1] if factor is None else factor.shape[0]
@@ -65,6 +71,7 @@ def add_rows(
         group_size=group_size,
         factor=factor,
         host=host,
+        scale=scale,
     )
 
 
@@ -80,6 +87,7 @@ def add_rows_torch(
     group_size: int | None,
     factor: Tensor | None = None,
     host: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The twin: `add_rows` in torch, on any device."""
     width = stream.shape[1] if factor is None else factor.shape[0]
@@ -89,6 +97,8 @@ def add_rows_torch(
         places = (-1 - slots).clamp(min=0).cpu()
         in_place = _rows(host[:, offset:], places, width, values, group_size).to(rows.device)
         rows = torch.where((slots < 0).unsqueeze(1), in_place, rows)
+    if scale is not None:
+        rows = rows.float() * scale.unsqueeze(1)
     rows = rows.to(stream.dtype)
     total = stream + rows if factor is None else torch.addmm(stream, rows, factor)
     return total, rms_norm_torch(total, norm_weight, eps)

@@ -22,7 +22,7 @@ def _functions() -> ctypes.CDLL:
     pointer, long = ctypes.c_void_p, ctypes.c_long
     lib.tk_add_rows.argtypes = [
         *(pointer, long, long, pointer, long, long),
-        *[pointer] * 5,
+        *[pointer] * 6,
         *(long, long, long, ctypes.c_float, ctypes.c_int, ctypes.c_int, ctypes.c_int),
     ]
     lib.tk_add_rows.restype = long
@@ -43,6 +43,7 @@ def add_rows_cpu(
     group_size: int | None,
     factor: Tensor | None = None,
     host: Tensor | None = None,
+    scale: Tensor | None = None,
     level: int | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -59,13 +60,16 @@ def add_rows_cpu(
             group_size=group_size,
             factor=factor,
             host=host,
+            scale=scale,
         )
     stream, slots, norm_weight = stream.contiguous(), slots.contiguous(), norm_weight.contiguous()
     total, normed = torch.empty_like(stream), torch.empty_like(stream)
     wrong = _functions().tk_add_rows(
         *_rows_from(data, offset),
         *((None, 0, 0) if host is None else _rows_from(host, offset)),
-        *map(address, (slots, stream, norm_weight, total, normed)),
+        address(slots),
+        None if scale is None else address(scale.contiguous()),
+        *map(address, (stream, norm_weight, total, normed)),
         *stream.shape,
         group_size or 1,
         eps,

@@ -70,12 +70,12 @@ def _norm(x, weight, columns, width, eps):
     return x * scale * tl.load(weight + columns, mask=columns < width, other=0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize_on_alignment=["slots", "scale"])
 def _add_rows_kernel(
     slots, rows, scales, host_rows, host_scales,
     row_stride, scale_stride, host_row_stride, host_scale_stride,
-    stream, weight, eps, total, normed,  # stream with a stride; total and normed [T, width], contiguous
-    stream_stride, width,
+    scale, stream, weight, eps, total, normed,  # stream with a stride; total and normed [T, width], contiguous
+    stream_stride, width, scaled: tl.constexpr,
     bits: tl.constexpr, group: tl.constexpr, in_host: tl.constexpr, pieces: tl.constexpr, chunk: tl.constexpr,
 ):  # fmt: skip
     """total = stream + row and normed = its norm, for one token a program."""
@@ -85,6 +85,8 @@ def _add_rows_kernel(
         row_stride, scale_stride, host_row_stride, host_scale_stride,
         width, bits, group, in_host, pieces, chunk,
     )  # fmt: skip
+    if scaled:
+        row *= tl.load(scale + token)
     columns = tl.arange(0, pieces)[:, None] * chunk + tl.arange(0, chunk)[None, :]
     inside = columns < width
     # A row is rounded to the stream's dtype first, as in torch; float32 in between is what torch does for 16-bit sums.
@@ -95,11 +97,11 @@ def _add_rows_kernel(
     tl.store(normed + token * width + columns, _norm(new.to(tl.float32), weight, columns, width, eps), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize_on_alignment=["slots", "scale"])
 def _rows_kernel(
     slots, rows, scales, host_rows, host_scales,
     row_stride, scale_stride, host_row_stride, host_scale_stride,
-    out, width,
+    scale, out, width, scaled: tl.constexpr,
     bits: tl.constexpr, group: tl.constexpr, in_host: tl.constexpr, pieces: tl.constexpr, chunk: tl.constexpr,
 ):  # fmt: skip
     """Rows alone, for a lowrank table: out [T, width] = coordinates."""
@@ -109,6 +111,8 @@ def _rows_kernel(
         row_stride, scale_stride, host_row_stride, host_scale_stride,
         width, bits, group, in_host, pieces, chunk,
     )  # fmt: skip
+    if scaled:
+        row *= tl.load(scale + token)
     columns = tl.arange(0, pieces)[:, None] * chunk + tl.arange(0, chunk)[None, :]
     tl.store(out + token * width + columns, row, mask=columns < width)
 
@@ -148,6 +152,7 @@ def add_rows_triton(
     group_size: int | None,
     factor: Tensor | None = None,
     host: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_rows` in one kernel; with a factor in three: coordinates, torch's product, norm."""
     if data.stride(1) != 1 or stream.stride(1) != 1 or (host is not None and host.stride(1) != 1):
@@ -164,18 +169,20 @@ def add_rows_triton(
     strides = tuple(tensor.stride(0) for tensor in sources[1:])
     pieces, chunk = tile(width, group_size)
     layout = {"bits": BITS[values], "group": group_size or 1, "in_host": host is not None, "pieces": pieces}
-    options = {**layout, "chunk": chunk, "num_warps": warps(pieces * chunk)}
+    options = {**layout, "chunk": chunk, "num_warps": warps(pieces * chunk), "scaled": scale is not None}
+    scales_of_rows = norm_weight if scale is None else scale.contiguous()  # of which a kernel without scales reads none
     if factor is not None:
         coordinates = stream.new_empty((tokens, width))
         if tokens:
-            _rows_kernel[(tokens,)](*sources, *strides, coordinates, width, **options)
+            _rows_kernel[(tokens,)](*sources, *strides, scales_of_rows, coordinates, width, **options)
         total = torch.addmm(stream, coordinates, factor)
         return total, rms_norm_triton(total, norm_weight, eps)
     total, normed = torch.empty_like(stream, memory_format=torch.contiguous_format), stream.new_empty(stream.shape)
     if tokens:
         _add_rows_kernel[(tokens,)](
-            *sources, *strides, stream, norm_weight, eps, total, normed, stream.stride(0), width, **options
-        )
+            *sources, *strides, scales_of_rows, stream, norm_weight, eps, total, normed, stream.stride(0), width,
+            **options,
+        )  # fmt: skip
     return total, normed
 
 

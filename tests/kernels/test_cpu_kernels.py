@@ -65,18 +65,26 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
 
 
 @settings(max_examples=60)
-@given(layout=layouts, offset=st.integers(0, 20), tokens=st.integers(0, 9), with_host=st.booleans(), seed=seeds)
+@given(
+    layout=layouts,
+    offset=st.integers(0, 20),
+    tokens=st.integers(0, 9),
+    with_host=st.booleans(),
+    scaled=st.booleans(),
+    seed=seeds,
+)
 def test_rows_are_added_as_the_twin_does_bit_for_bit(
-    layout: Layout, offset: int, tokens: int, with_host: bool, seed: int
+    layout: Layout, offset: int, tokens: int, with_host: bool, scaled: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
+    scale = torch.randn(tokens) if scaled else None
     data, host = layout.table(5, 2 * offset), layout.table(3, 2 * offset) if with_host else None
     slots = torch.randint(-3 if with_host else 0, 5, (tokens,))
     stream, weight = torch.randn(tokens, 2 * layout.width)[:, : layout.width], torch.randn(layout.width)
     arguments = layout.arguments(2 * offset)
-    total, normed = add_rows_torch(data, slots, stream, weight, EPS, **arguments, host=host)
+    total, normed = add_rows_torch(data, slots, stream, weight, EPS, **arguments, host=host, scale=scale)
     for level in LEVELS:
-        found = add_rows_cpu(data, slots, stream, weight, EPS, **arguments, host=host, level=level)
+        found = add_rows_cpu(data, slots, stream, weight, EPS, **arguments, host=host, scale=scale, level=level)
         assert torch.equal(found[0], total)
         close(found[1], normed)
         assert torch.equal(rms_norm_cpu(total, weight, EPS, level=level), found[1])

@@ -1,7 +1,7 @@
 """add_rows, rms_norm and lookup_slots against float64, in their torch twins and in their Triton kernels."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,22 +32,25 @@ class Case:
     weight: Tensor
     layout: dict[str, Any]
     factor: Tensor | None
+    scale: Tensor | None = None
 
     def run(self, add: Callable[..., tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
         data, slots, stream, weight = (t.to(device) for t in (self.data, self.slots, self.stream, self.weight))
         factor = None if self.factor is None else self.factor.to(device)
+        scale = None if self.scale is None else self.scale.to(device)
         host = self.host.pin_memory() if self.host is not None and device.type == "cuda" else self.host
-        return add(data, slots, stream, weight, EPS, **self.layout, factor=factor, host=host)
+        return add(data, slots, stream, weight, EPS, **self.layout, factor=factor, host=host, scale=scale)
 
     def rows(self) -> Tensor:
-        """[T, width] float64: what each token's bytes say, decoded one value at a time."""
+        """[T, width] float64: what each token's bytes say, decoded one value at a time, times its scale."""
         width = self.stream.shape[1] if self.factor is None else self.factor.shape[0]
         found = []
         for slot in self.slots.tolist():
             record = self.data[slot] if slot >= 0 or self.host is None else self.host[-1 - slot]
             row = record[self.layout["offset"] :].numpy().tobytes()
             found.append(decode(row, width, self.layout["values"], self.layout["group_size"]))
-        return torch.from_numpy(np.array(found, np.float64).reshape(len(found), width))
+        rows = torch.from_numpy(np.array(found, np.float64).reshape(len(found), width))
+        return rows if self.scale is None else rows * self.scale.double().unsqueeze(1)
 
 
 def random_bytes(records: int, width: int, values: str, group_size: int | None, offset: int) -> Tensor:
@@ -79,6 +82,7 @@ def cases(draw: st.DrawFn) -> Case:
         weight=torch.randn(size),
         layout={"offset": offset, "values": values, "group_size": group_size},
         factor=torch.randn(width, size).to(dtype) if rank else None,
+        scale=torch.randn(tokens) * 2 if draw(st.booleans()) else None,
     )
 
 
@@ -116,6 +120,30 @@ def test_the_kernel_does_the_same(device: torch.device, case: Case) -> None:
     check_case(case, add_rows_triton, device)
 
 
+def check_whole_scales(case: Case, add: Callable[..., tuple[Tensor, Tensor]], device: torch.device) -> None:
+    """1 gives what no scale gives, 0 the stream, bit for bit."""
+    plain, ones, zeros = (
+        replace(case, scale=scale).run(add, device)
+        for scale in (None, torch.ones(len(case.slots)), torch.zeros(len(case.slots)))
+    )
+    assert all(torch.equal(*pair) for pair in zip(plain, ones, strict=True))
+    assert torch.equal(zeros[0].cpu(), case.stream)
+
+
+@settings(max_examples=30)
+@given(case=cases(), add=st.sampled_from([add_rows, add_rows_torch]))
+def test_a_scale_of_one_is_none_and_of_zero_no_row(case: Case, add: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    check_whole_scales(case, add, torch.device("cpu"))
+
+
+@settings(max_examples=20)
+@given(case=cases())
+def test_so_it_is_in_the_kernel(device: torch.device, case: Case) -> None:
+    from tolkernels.gather_triton import add_rows_triton
+
+    check_whole_scales(case, add_rows_triton, device)
+
+
 @pytest.mark.parametrize("values", BYTES)
 @pytest.mark.parametrize("width", [960, 2048])
 def test_the_kernel_adds_the_papers_rows(device: torch.device, values: str, width: int) -> None:
@@ -126,7 +154,7 @@ def test_the_kernel_adds_the_papers_rows(device: torch.device, values: str, widt
     layout = {"offset": 32, "values": values, "group_size": group_size}
     data, host = (random_bytes(n, width, values, group_size, 32) for n in (4, 3))
     stream, slots = torch.randn(3, width, dtype=torch.float16), torch.tensor([3, -3, 0])
-    case = Case(data, host, slots, stream, torch.randn(width), layout, None)
+    case = Case(data, host, slots, stream, torch.randn(width), layout, None, torch.tensor([0.7, -2.0, 1.0]))
     check_case(case, add_rows_triton, device)
     assert torch.equal(case.run(add_rows_triton, device)[0], case.run(add_rows_torch, device)[0])
 
@@ -213,6 +241,8 @@ def good() -> dict[str, Any]:
         ("stream", torch.zeros(3, 8, dtype=torch.int64)),
         ("norm_weight", torch.ones(7)),
         ("norm_weight", torch.ones(8, dtype=torch.bfloat16)),
+        ("scale", torch.ones(2)),
+        ("scale", torch.ones(3, dtype=torch.float64)),
         ("host", torch.zeros(4, 64)),
         ("host", torch.zeros(4, 30, dtype=torch.uint8)),
     ],

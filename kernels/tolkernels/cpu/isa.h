@@ -16,7 +16,7 @@ int tk_isa(void);
 
 // Of a library and of the Python that calls it (cpu.py), which must be the same: a library may be left over from another
 // version. Counts up with every change of a function's name or parameters, or of how weights, rows or caches lie.
-enum { INTERFACE = 2 };
+enum { INTERFACE = 3 };
 
 int tk_interface(void);
 

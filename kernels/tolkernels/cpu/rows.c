@@ -12,6 +12,7 @@ typedef struct {
     const uint8_t *data, *host;  // the row of slot 0, and of record 0
     long stride, host_stride;    // bytes from one to the next
     const int64_t *slots;
+    const float *scale;  // of each token's row, or NULL
     const float *stream, *weight;
     float *total, *normed;
     long width, group;
@@ -65,11 +66,27 @@ INLINE void add(const uint8_t *row, int encoding, long group, long width, const 
     }
 }
 
+// Two loops, so that the compiler cannot make one instruction of product and sum: it would round once, and torch rounds
+// twice. -0 is the number to which every row adds up as it is.
+INLINE void add_scaled(const uint8_t *row, int encoding, long group, long width, float scale, const float *stream,
+                       float *total) {
+    for (long i = 0; i < width; i++) total[i] = -0.0f;
+    add(row, encoding, group, width, total, total);
+#pragma omp simd
+    for (long i = 0; i < width; i++) total[i] *= scale;
+#pragma omp simd
+    for (long i = 0; i < width; i++) total[i] += stream[i];
+}
+
 INLINE void token(const Rows *rows, int encoding, long t) {
     const int64_t slot = rows->slots[t];
     const uint8_t *row = slot >= 0 ? rows->data + slot * rows->stride : rows->host + (-1 - slot) * rows->host_stride;
+    const float *stream = rows->stream + t * rows->width;
     float *total = rows->total + t * rows->width;
-    add(row, encoding, rows->group, rows->width, rows->stream + t * rows->width, total);
+    if (rows->scale)
+        add_scaled(row, encoding, rows->group, rows->width, rows->scale[t], stream, total);
+    else
+        add(row, encoding, rows->group, rows->width, stream, total);
     norm(total, rows->weight, rows->eps, rows->width, rows->normed + t * rows->width);
 }
 
@@ -93,13 +110,13 @@ static void each(Each *function, const Rows *rows, long tokens, int threads) {
 
 // Returns -1, or the place in `slots` of the first that is out of range; then nothing is written.
 long tk_add_rows(const uint8_t *data, long slots_held, long stride, const uint8_t *host, long records, long host_stride,
-                 const int64_t *slots, const float *stream, const float *weight, float *total, float *normed,
-                 long tokens, long width, long group, float eps, int encoding, int level, int threads) {
+                 const int64_t *slots, const float *scale, const float *stream, const float *weight, float *total,
+                 float *normed, long tokens, long width, long group, float eps, int encoding, int level, int threads) {
     for (long t = 0; t < tokens; t++)
         if (slots[t] >= slots_held || slots[t] < -records) return t;
     static Each *const functions[2][3] = {{avx2_bf16, avx2_int8, avx2_int4}, {avx512_bf16, avx512_int8, avx512_int4}};
-    const Rows rows = {data,  host,  stride, host_stride, slots, stream, weight,
-                       total, normed, width, group,       eps};
+    const Rows rows = {data,   host,  stride, host_stride, slots, scale, stream,
+                       weight, total, normed, width,       group, eps};
     each(functions[level == ISA_AVX512][encoding], &rows, tokens, threads);
     return -1;
 }
