@@ -45,7 +45,8 @@ class Flight:
 
 
 class LookaheadEngine(Engine):
-    """`Engine`, one decode step ahead of the host's knowledge. Steps with prompts run as they do there, alone."""
+    """`Engine`, one decode step ahead of the host's knowledge. Steps with prompts, or with somebody who steers, run as
+    they do there, alone."""
 
     def __init__(self, *args: Any, decoder: Decoder, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -88,7 +89,7 @@ class LookaheadEngine(Engine):
     def _begin(self) -> list[Output]:
         """A step whose tokens are known, with nothing on its way."""
         chunks = self._choose_chunks()
-        if not all(chunk.count == 1 and chunk.samples for chunk in chunks):
+        if not all(chunk.count == 1 and chunk.samples and chunk.sequence.steering is None for chunk in chunks):
             return self.run(chunks)
         self._full = True
         return self._start(chunks) if chunks else []
@@ -149,7 +150,7 @@ class LookaheadEngine(Engine):
 
     def _next_rows(self, flight: Flight) -> tuple[list[Row], list[Sequence]] | None:
         """Who runs after `flight`, and whose records must be asked for first; None where a step must be put together
-        anew: for a prompt, for want of KV blocks, for a record that cannot be read."""
+        anew: for a prompt, for somebody who steers, for want of KV blocks, for a record that cannot be read."""
         index_of = {id(row.sequence): index for index, row in enumerate(flight.rows) if not row.void}
         rows: list[Row] = []
         absent: list[Sequence] = []
@@ -158,7 +159,7 @@ class LookaheadEngine(Engine):
                 if self._is_full(sequence, 1):
                     continue
                 row = Row(sequence, sequence.computed + 1, source=index)
-            elif sequence.pending > 1:
+            elif sequence.pending > 1 or sequence.steering is not None:
                 return None
             else:
                 token, lease = sequence.tokens[-1], self._late.get(sequence.request_id)

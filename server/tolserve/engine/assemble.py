@@ -17,12 +17,14 @@ from tolserve.engine.config import EngineSettings
 from tolserve.engine.engine import Engine
 from tolserve.engine.graphs import Decoder
 from tolserve.engine.kv import KVCache
+from tolserve.engine.packs import PackStore
 from tolserve.engine.runner import Runner
 from tolserve.engine.scheduler import Scheduler
 from tolserve.metrics import Metrics
 from tolserve.model.build import BuildOptions, build_table
 from tolserve.model.checkpoint import Checkpoint, read_fingerprint
 from tolserve.model.config import ModelConfig
+from tolserve.model.pack import Target
 from tolserve.model.serving import ServingModel
 from tolserve.tol.encoding import values_of
 from tolserve.tol.frequencies import Counts, most_frequent, read_frequencies
@@ -66,6 +68,7 @@ def assemble(settings: EngineSettings, ahead: bool | None = None) -> Engine:
     table = _table(settings, model_dir, config)
     watch = TableWatch(stamps_of(table), metrics) if table is not None else None
     blocks = kv_blocks(settings, config, dtype, max_len)
+    packs = _packs(settings, table, device, metrics)
     recorder = _recorder(settings, config)
     model = ServingModel.load(model_dir, dtype=dtype, weights=settings.weights, device=device)
     log.info("weights: %.1f MB, output head in %s", model.nbytes / 1e6, model.head.encoding)
@@ -87,6 +90,7 @@ def assemble(settings: EngineSettings, ahead: bool | None = None) -> Engine:
             max_queue=settings.max_queue,
             recorder=recorder,
             watch=watch,
+            packs=packs,
         )
         undo.pop_all()
     return engine
@@ -113,6 +117,19 @@ def _scheduler(settings: EngineSettings, pool: BlockPool, pager: Pager | None, d
         max_fills=MAX_FILLS[device],
         prefix_cache=settings.prefix_cache,
     )
+
+
+def _packs(settings: EngineSettings, table: Table | None, device: str, metrics: Metrics) -> PackStore | None:
+    if settings.packs is None:
+        return None
+    folder = Path(settings.packs)
+    if table is None:
+        raise SettingsError("--packs: a base model has no table that packs could change")
+    if not folder.is_dir():
+        raise SettingsError(f"--packs {folder}: there is no such folder")
+    manifest = table.manifest
+    target = Target(manifest.fingerprint, manifest.vocab_size, manifest.num_layers, manifest.hidden_size)
+    return PackStore(folder, parse_bytes(settings.pack_memory), target, torch.device(device), metrics)
 
 
 def _decoder(settings: EngineSettings, runner: Runner, spare: int) -> Decoder:

@@ -30,6 +30,8 @@ class EngineSettings:
     max_queue: int = 256
     kv_cache: str = "auto"
     prefix_cache: bool = True
+    packs: str | None = None
+    pack_memory: str = "256MiB"
     threads: int | None = None
     log_format: str = "auto"
     log_level: str = "info"

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from tolserve.engine.metrics import EngineMetrics
+from tolserve.engine.packs import PackStore
 from tolserve.engine.request import Delta, Failure, FinishReason, Request, TokenLogprob, Usage
 from tolserve.engine.runner import Runner, StepResult
 from tolserve.engine.sampler import choose, logprobs
 from tolserve.engine.scheduler import Scheduler, prefix_within
 from tolserve.engine.sequence import Chunk, Sequence
 from tolserve.engine.sitout import SitOut
+from tolserve.engine.steering import Steered, steer
 from tolserve.metrics import Metrics
+from tolserve.model.pack import PackError
 from tolserve.tol.pager import Lease, Pager, RecordsUnavailable
 from tolserve.tol.recorder import Recorder
 from tolserve.tol.size import parse_cache_size
@@ -46,9 +49,10 @@ class Engine:
         max_queue: int,
         recorder: Recorder | None = None,
         watch: TableWatch | None = None,
+        packs: PackStore | None = None,
     ) -> None:
         self.runner, self.scheduler, self.pager = runner, scheduler, runner.pager
-        self.recorder, self.watch = recorder, watch
+        self.recorder, self.watch, self.packs = recorder, watch, packs
         self.max_model_len, self.max_queue = max_model_len, max_queue
         self.registry = metrics
         self.metrics = EngineMetrics(metrics)
@@ -64,10 +68,24 @@ class Engine:
         """Queue a request, or say why not."""
         if (problem := self._problem(request)) is not None:
             return problem
-        sequence = Sequence(request, time.monotonic())
+        try:
+            steering = self._steered(request)
+        except PackError as error:
+            return Failure(request.request_id, "invalid", str(error), "tol")
+        sequence = Sequence(request, time.monotonic(), steering)
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
         return None
+
+    def _steered(self, request: Request) -> Steered | None:
+        """What a request steers; last of all checks, since it takes packs. Raises PackError."""
+        if (asked := request.steering) is None:
+            return None
+        if self.pager is None:
+            raise PackError("tol: this model has no table to steer")
+        steered = steer(asked, self.runner.model.config.num_hidden_layers, self.packs)
+        self.metrics.steered.add(1, "packs" if asked.edits else "alpha")
+        return steered
 
     def _problem(self, request: Request) -> Failure | None:
         vocab_size = self.runner.model.config.vocab_size
@@ -90,6 +108,8 @@ class Engine:
         """Drop a request and everything it holds; one that is gone already is no error."""
         if (sequence := self._sequences.pop(request_id, None)) is not None:
             self.scheduler.remove(sequence)
+            if sequence.steering is not None and self.packs is not None:
+                self.packs.give(sequence.steering.packs)
             if self.pager is not None:
                 self.pager.end(request_id)
                 self.pager.unneeded(sequence.tokens[sequence.computed :])

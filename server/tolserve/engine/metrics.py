@@ -39,6 +39,12 @@ class EngineMetrics:
         )
         # Those that an engine takes along with it are counted by its client.
         self.failed = metrics.counter("request_failure_total", "Requests failed", ("kind",), [("table",)])
+        self.steered = metrics.counter(
+            "steered_requests_total",
+            "Requests that steer, with packs or by alpha alone",
+            ("by",),
+            [("packs",), ("alpha",)],
+        )
         self.iteration_tokens = metrics.histogram("iteration_tokens_total", "Tokens per step", _TOKENS)
         self.first_token = metrics.histogram("time_to_first_token_seconds", "Arrival to first token", _SECONDS)
         self.inter_token = metrics.histogram("inter_token_latency_seconds", "Between tokens of a request", _SECONDS)

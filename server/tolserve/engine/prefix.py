@@ -54,17 +54,17 @@ class PrefixCache:
         """The keys of a sequence's first `blocks` blocks at least, each computed once."""
         keys, size = sequence.block_keys, self._pool.block_size
         if not sequence.root_key:
-            sequence.root_key = self._root(sequence.request.cache_salt)
+            sequence.root_key = self._root(sequence)
         while len(keys) < blocks:
             tokens = array("q", sequence.tokens[len(keys) * size : (len(keys) + 1) * size])
             before = keys[-1] if keys else sequence.root_key
             keys.append(blake2b(before + tokens.tobytes(), digest_size=_KEY_BYTES).digest())
         return keys
 
-    def _root(self, salt: str | None) -> bytes:
-        """The key before the first block: whatever changes keys and values beside the tokens belongs in here.
-
-        None of a request's settings does yet; its salt keeps it from those with another, or with none.
-        """
-        told = b"%d/" % self.version + (b"" if salt is None else b"salt" + salt.encode())
+    def _root(self, sequence: Sequence) -> bytes:
+        """The key before the first block: whatever changes keys and values beside the tokens belongs in here. A
+        request's salt keeps it from those with another, or with none."""
+        steering, salt = sequence.steering, sequence.request.cache_salt
+        told = b"%d/" % self.version + (b"" if steering is None else b"steered" + steering.key)
+        told += b"" if salt is None else b"salt" + salt.encode()
         return blake2b(told, digest_size=_KEY_BYTES, key=self._secret).digest()

@@ -28,6 +28,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Steering:
+    """What a request changes of the rows that its tokens get: engine/steering.py has the formula."""
+
+    alpha: tuple[float, ...]  # a number for each layer that its rows are multiplied by; 0 drops the layer
+    edits: tuple[str, ...] = ()  # names of packs, which apply in this order
+
+
+@dataclass(frozen=True)
 class Request:
     """One sequence to continue. `n` choices or several prompts of one HTTP request are several of these."""
 
@@ -35,6 +43,7 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     cache_salt: str | None = None  # keys and values are shared among requests of one salt, or of none
+    steering: Steering | None = None
 
 
 class TokenLogprob(NamedTuple):
@@ -86,3 +95,16 @@ class Failure:
     request_id: str
     kind: FailureKind
     message: str
+    param: str | None = None  # the request's field at fault, where it is one
+
+
+@dataclass(frozen=True)
+class PackView:
+    """A memory pack of the server's folder. One that cannot be used has a `problem` instead of what it holds."""
+
+    name: str
+    entries: int | None
+    bytes: int | None
+    description: str | None
+    loaded: bool
+    problem: str | None

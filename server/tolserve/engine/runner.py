@@ -10,6 +10,7 @@ from tolkernels import add_rows, rms_norm
 from tolserve.engine.inputs import step_inputs
 from tolserve.engine.kv import KVCache, step_attention
 from tolserve.engine.sequence import Chunk
+from tolserve.engine.steering import StepSteering
 from tolserve.model.serving import ServingModel, no_rows
 from tolserve.tol.pager import Lease, Pager
 from tolserve.tol.table import Table
@@ -53,20 +54,33 @@ class Runner:
         attend = step_attention(self.kv, chunks, inputs)
         if lease is None:
             return StepResult(self.model.hidden(inputs.tokens, attend, no_rows), 0.0)
-        rows = _LeasedRows(self, lease, tokens)
+        rows = _LeasedRows(self, lease, tokens, self._steering(chunks))
         return StepResult(self.model.hidden(inputs.tokens, attend, rows), rows.stall)
+
+    def _steering(self, chunks: list[Chunk]) -> StepSteering | None:
+        """None for a step that nobody steers: it costs nothing more."""
+        if all(chunk.sequence.steering is None for chunk in chunks):
+            return None
+        steered = [(chunk.sequence.steering, chunk.tokens) for chunk in chunks]
+        return StepSteering(steered, self.model.config.num_hidden_layers, self.device)
 
 
 class TableRows:
     """An `AddRow` over the device tier: `slots` has for each of its parts a tensor [T] int64 on the device. Slots below
     0 are records in `host` uint8 [records, record_bytes], as add_rows says."""
 
-    def __init__(self, runner: "Runner", slots: list[Tensor], host: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        runner: "Runner",
+        slots: list[Tensor],
+        host: Tensor | None = None,
+        steering: StepSteering | None = None,
+    ) -> None:
         if runner.pager is None:
             raise RuntimeError("rows without a pager")
         self._parts, self._part_of, self._slots = runner.pager.parts, runner.pager.part_of, slots
         self._manifest, self._factors = runner.pager.table.manifest, runner.factors
-        self._host = host
+        self._host, self._steering = host, steering
         self._eps = runner.model.config.rms_norm_eps
 
     def part_of(self, layer: int) -> int | None:
@@ -76,6 +90,9 @@ class TableRows:
         return self._part_of(self._manifest.row_layout(layer)[0])
 
     def __call__(self, layer: int, stream: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        scale = None
+        if self._steering is not None:
+            stream, scale = self._steering.apply(layer, stream)
         index = self.part_of(layer)
         if index is None:  # only an addend is missing (paper section 2)
             return stream, rms_norm(stream, norm, self._eps)
@@ -92,16 +109,18 @@ class TableRows:
             group_size=row.group_size,
             factor=self._factors.get(layer),
             host=self._host[:, part.offset :] if self._host is not None else None,
+            scale=scale,
         )
 
 
 class _LeasedRows:
     """TableRows of a lease, waiting for each part the first time that a layer needs a row of it."""
 
-    def __init__(self, runner: Runner, lease: Lease, tokens: list[int]) -> None:
+    def __init__(self, runner: Runner, lease: Lease, tokens: list[int], steering: StepSteering | None) -> None:
         self._lease, self._waited = lease, 0  # parts that were waited for
         slots = [array("q", map(part.__getitem__, tokens)) for part in lease.slots]
-        self._rows = TableRows(runner, [torch.frombuffer(each, dtype=torch.int64).to(runner.device) for each in slots])
+        places = [torch.frombuffer(each, dtype=torch.int64).to(runner.device) for each in slots]
+        self._rows = TableRows(runner, places, steering=steering)
         self.stall = 0.0
 
     def __call__(self, layer: int, stream: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from tolserve.engine.request import Request, TokenLogprob
+from tolserve.engine.steering import Steered
 
 
 @dataclass(eq=False)  # identity: two sequences with equal fields are still two
@@ -13,6 +14,7 @@ class Sequence:
 
     request: Request
     arrived: float  # engine clock, seconds
+    steering: Steered | None = None  # what it holds of request.steering
     request_id: str = field(init=False)
     tokens: list[int] = field(init=False)
     prompt_length: int = field(init=False)
