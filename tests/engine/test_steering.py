@@ -12,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.driver import Answer, OpenEngine, assert_idle, finish, replay, request, serve, serve_recorded, submit
+from engine.driver import (
+    Answer,
+    Answers,
+    OpenEngine,
+    assert_idle,
+    collect,
+    finish,
+    replay,
+    request,
+    serve,
+    serve_recorded,
+    submit,
+)
 from engine.flights import open_ahead
 from engine.test_engine import FLOAT32_BOUND, all_close, assert_same_output, prompt_of
 from packs import Changes, apply, random_changes, save_pack
@@ -179,6 +191,24 @@ def test_a_batch_of_many_packs_gives_each_what_it_gets_alone(
         assert_same_output(serve(engine, mixed()), alone)
         assert_idle(engine)
         assert not [pack for pack in store_of(engine)._loaded.values() if pack.users]
+
+
+def test_who_steers_is_in_no_step_that_runs_ahead(
+    engine_of: OpenEngine, tiny_model_dir: Path, cache_dir: Path, packs: str
+) -> None:
+    """Also when it sat out the step before, which ran ahead without it."""
+    asked = [steered(scored("steered", 0), 1.0, "p0"), scored("a", 1), scored("b", 2)]
+    asked = [dataclasses.replace(each, sampling=dataclasses.replace(each.sampling, logprobs=None)) for each in asked]
+    with engine_of(device_cache="100%", packs=packs) as engine:
+        alone = {name: answer for each in asked for name, answer in serve(engine, [each]).items()}
+    with open_ahead(tiny_model_dir, cache_dir, device_cache="100%", packs=packs) as engine:
+        submit(engine, asked)
+        answers: Answers = {}
+        collect(answers, engine.step())
+        collect(answers, engine._start(engine.scheduler.schedule({"steered"})))
+        assert engine._flight is not None
+        assert_same_output(finish(engine, answers), alone)
+        assert_idle(engine)
 
 
 def store_of(engine: Engine) -> Any:
