@@ -227,7 +227,7 @@ class LookaheadEngine(Engine):
             for lease in set(leases) - used:
                 self.pager.release(lease, over=True)
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Have nothing on its way."""
         if (flight := self._flight) is not None:
             outputs = self._land(flight)
@@ -239,13 +239,13 @@ class LookaheadEngine(Engine):
         self._let_go(leases)
 
     def resize(self, device_cache: str | None, host_cache: str | None) -> CacheSizes:
-        self._drain()
+        self.drain()
         sizes = super().resize(device_cache, host_cache)
         self._capture_anew()
         return sizes
 
     def reopen(self) -> dict[str, Any]:
-        self._drain()
+        self.drain()
         facts = super().reopen()
         self._capture_anew()
         return facts

@@ -11,7 +11,7 @@ from tolserve.engine.inputs import step_inputs
 from tolserve.engine.kv import KVCache, step_attention
 from tolserve.engine.sequence import Chunk
 from tolserve.engine.steering import StepSteering
-from tolserve.model.serving import ServingModel, no_rows
+from tolserve.model.serving import ServingModel, Watch, no_rows
 from tolserve.tol.pager import Lease, Pager
 from tolserve.tol.table import Table
 
@@ -46,16 +46,19 @@ class Runner:
         except RuntimeError as error:  # torch's own for CUDA is a subclass; for the CPU there is none
             raise MemoryError(f"the factors of {table.path} do not fit on {self.device}: {error}") from error
 
-    def run(self, chunks: list[Chunk], lease: Lease | None) -> StepResult:
-        """Compute one step. Raises RecordsUnavailable if a record it needs could not be read; keys and values written
-        until then are overwritten when the sequences run again."""
+    def run(self, chunks: list[Chunk], lease: Lease | None, watch: Watch | None = None) -> StepResult:
+        """Compute one step; `watch` sees the stream as it grows.
+
+        Raises RecordsUnavailable if a record it needs could not be read; keys and values written until then are
+        overwritten when the sequences run again.
+        """
         tokens = [token for chunk in chunks for token in chunk.tokens]
         inputs = step_inputs(chunks, tokens, self.kv.block_size, self.device)
         attend = step_attention(self.kv, chunks, inputs)
         if lease is None:
-            return StepResult(self.model.hidden(inputs.tokens, attend, no_rows), 0.0)
+            return StepResult(self.model.hidden(inputs.tokens, attend, no_rows, watch), 0.0)
         rows = _LeasedRows(self, lease, tokens, self._steering(chunks))
-        return StepResult(self.model.hidden(inputs.tokens, attend, rows), rows.stall)
+        return StepResult(self.model.hidden(inputs.tokens, attend, rows, watch), rows.stall)
 
     def _steering(self, chunks: list[Chunk]) -> StepSteering | None:
         """None for a step that nobody steers: it costs nothing more."""

@@ -41,6 +41,11 @@ Attend = Callable[[int, Tensor], Tensor]
 # only after the layer's attention, which is when a row is first needed; whoever serves from a table waits there.
 AddRow = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
+# Called with the stream [T, d] after each addend, in order: "embedding" once, then for each layer "attention",
+# "compute" (base, flex) and "memory" (memory, flex). It must not change the tensor.
+Addend = Literal["embedding", "attention", "compute", "memory"]
+Watch = Callable[[Addend, Tensor], None]
+
 Weights = Literal["auto", "int8", "int4"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SIXTEEN = (torch.bfloat16, torch.float16)
@@ -259,18 +264,26 @@ class ServingModel:
         norms += [layer.ffn_norm for layer in self.layers if layer.ffn_norm is not None]
         return sum(weight.nbytes for weight in self.weights()) + sum(norm.nbytes for norm in norms)
 
-    def hidden(self, tokens: Tensor, attend: Attend, add_row: AddRow) -> Tensor:
+    def hidden(self, tokens: Tensor, attend: Attend, add_row: AddRow, watch: Watch | None = None) -> Tensor:
         """Run the layers. tokens [T] int64 -> normed hidden states [T, d] of `dtype`. A base model never asks for
-        rows. Launches kernels only: on CUDA nothing in here waits, but for what `attend` and `add_row` do, and nothing
-        that it allocates outlives it, so that a CUDA graph may hold it."""
+        rows. Launches kernels only: on CUDA nothing in here waits, but for what `attend`, `add_row` and `watch` do, and
+        nothing that it allocates outlives it, so that a CUDA graph may hold it."""
         eps, has_memory = self.config.rms_norm_eps, self.config.has_memory
         x = embedding_rows(tokens, self.embedding, self.dtype)
+        if watch is not None:
+            watch("embedding", x)
         h = rms_norm(x, self.layers[0].norm, eps)
         for index, (layer, next_norm) in enumerate(zip(self.layers, self._next_norms, strict=True)):
             x = linear(attend(index, linear(h, layer.qkv)), layer.out, x)
+            if watch is not None:
+                watch("attention", x)
             if layer.ffn_norm is not None:
                 x = self._add_ffn(layer, x, rms_norm(x, layer.ffn_norm, eps))
+                if watch is not None:
+                    watch("compute", x)
             x, h = add_row(index, x, next_norm) if has_memory else (x, rms_norm(x, next_norm, eps))
+            if watch is not None and has_memory:
+                watch("memory", x)
         return h
 
     def _add_ffn(self, layer: ServingLayer, x: Tensor, h: Tensor) -> Tensor:

@@ -72,6 +72,11 @@ class DeviceArena:
         self._local.staging = staging, event
         return event
 
+    def read(self, slot: int) -> Bytes:
+        """A copy of a slot's record uint8 [record_bytes] in RAM, behind what the current stream was given."""
+        found: Bytes = self.data[slot, : self.record_bytes].cpu().numpy().copy()
+        return found
+
     def _launch(self, slot: int, source: torch.Tensor, fence: Event | None) -> Event:
         """Copy pinned memory into a slot on the fill stream, behind `fence`."""
         with torch.cuda.stream(self._stream):

@@ -28,6 +28,10 @@ class Host(Protocol):
 
     def __contains__(self, token: int) -> bool: ...
 
+    def peek(self, token: int) -> Bytes:
+        """The record uint8 [record_bytes] as it lies here now; no use of it, and no promise that it stays."""
+        ...
+
     def lend(self, token: int) -> Bytes:
         """The record uint8 [record_bytes] as it lies here, which it does until it is given back. Counts as a use."""
         ...
@@ -91,6 +95,9 @@ class HostTier:
 
     def __contains__(self, token: int) -> bool:
         return token in self._slot_of and token not in self._reserved
+
+    def peek(self, token: int) -> Bytes:
+        return self.memory.records[self._slot_of[token]]
 
     def lend(self, token: int) -> Bytes:
         self.policy.touch(token)

@@ -9,6 +9,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import chain
 
+import numpy as np
+
 from tolserve.metrics import Metrics
 from tolserve.tol.arena import Device
 from tolserve.tol.counters import Counters
@@ -17,9 +19,9 @@ from tolserve.tol.fills import Fills
 from tolserve.tol.lease import Lease, RecordsUnavailable
 from tolserve.tol.part import Cause, Part
 from tolserve.tol.slotmap import Maps
-from tolserve.tol.table import Table, TableError
+from tolserve.tol.table import Bytes, Table, TableError
 from tolserve.tol.tiers import TierOptions, Tiers
-from tolserve.tol.view import EVICTIONS_KEPT, DeviceView, RecordState, Resident
+from tolserve.tol.view import EVICTIONS_KEPT, DeviceView, RecordState, Resident, Tier
 
 __all__ = ["Lease", "Pager", "RecordsUnavailable"]
 
@@ -510,6 +512,24 @@ class Pager:
         latest = reversed(part.policy.keys(limit))
         residents = [Resident(token, self._uses[token], self._state(token)) for token in latest]
         return DeviceView(part.slots, len(part.slot_of), residents, list(self._evicted))
+
+    def peek(self, token: int) -> tuple[Bytes, Tier]:
+        """A copy of a record uint8 [record_bytes], and the nearest tier that holds it, for people: no lookup, no use of
+        it, and nothing moves. Raises ValueError for a token outside the vocabulary, RecordError when it must be read
+        and cannot be."""
+        self._distinct([token])
+        if self._there(token):
+            return np.concatenate([part.read(token) for part in self.parts]), "device"
+        if token in self.host:
+            return self.host.peek(token).copy(), "host"
+        return self.table.read_record(token), "disk"
+
+    def latest(self, limit: int) -> list[int]:
+        """Tokens whose records are in the device tier, whole, at most `limit`; first those evicted last."""
+        return [token for token in reversed(self.parts[-1].policy.keys(limit)) if self._there(token)]
+
+    def _there(self, token: int) -> bool:
+        return all(token in part.slot_of and token not in part.arriving for part in self.parts)
 
     def _state(self, token: int) -> RecordState:
         if any(token in part.arriving for part in self.parts):

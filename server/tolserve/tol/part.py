@@ -92,6 +92,12 @@ class Part:
         mine = payload[self.offset - base : self.offset - base + self.bytes]
         return self.arena.write(slot, mine, self._fences.get(slot), stays)
 
+    def read(self, token: int) -> Bytes:
+        """A copy of this part's bytes of a record that is there."""
+        slot = self.slot_of[token]
+        self.ready([slot])
+        return self.arena.read(slot)
+
     def arrived(self, token: int, event: Event | None) -> None:
         """The bytes of a token are there, or will be once `event` is through."""
         del self.arriving[token]

@@ -74,13 +74,16 @@ class CountFile:
         np.add.at(self._counts, self._pending, 1)
         self._pending.clear()
 
-    def save(self) -> None:
-        """Raises OSError; then the last save is still there."""
+    def counts(self) -> Counts:
+        """A copy of the counts as they are now."""
         with self._lock:
             if self._pending:
                 self._fold()
-            counts = self._counts.copy()
-        write_frequencies(self._path, counts, PRIVATE)
+            return self._counts.copy()
+
+    def save(self) -> None:
+        """Raises OSError; then the last save is still there."""
+        write_frequencies(self._path, self.counts(), PRIVATE)
 
 
 def faded(counts: Counts) -> Counts:
@@ -183,6 +186,10 @@ class Recorder:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
+
+    def counts(self) -> Counts | None:
+        """Those that it keeps, as they are now; None if it keeps none."""
+        return self._counts.counts() if self._counts is not None else None
 
     def runs(self, tokens: Sequence[int]) -> None:
         """A step runs these tokens, each as often as it is in the batch."""

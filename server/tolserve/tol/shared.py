@@ -113,6 +113,9 @@ class WholeTable:
     def __contains__(self, token: int) -> bool:
         return True
 
+    def peek(self, token: int) -> Bytes:
+        return self.memory.records[token]
+
     def lend(self, token: int) -> Bytes:
         return self.memory.records[token]
 

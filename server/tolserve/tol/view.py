@@ -6,6 +6,7 @@ from typing import Literal
 # Evictions that a look at the tier shows: a large prompt's worth at a small cache, and a few KiB to send.
 EVICTIONS_KEPT = 256
 
+Tier = Literal["device", "host", "disk"]
 RecordState = Literal["resident", "pinned", "arriving"]
 
 
