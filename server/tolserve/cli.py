@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tolserve import __version__
 from tolserve.settings import (
     GenerateSettings,
+    InspectSettings,
     OptionError,
     Options,
     ServeSettings,
@@ -126,6 +127,34 @@ def train(settings: TrainSettings) -> None:
     run.train(settings.save_every, tell=lambda line: print(line, file=sys.stderr))
     figures = run.finish()
     _show(figures, settings.json_output)
+
+
+def inspect(settings: InspectSettings) -> None:
+    from contextlib import nullcontext
+
+    from tolserve.api.tokenizer import ModelFiles
+    from tolserve.engine.config import EngineSettings
+    from tolserve.engine.inspect import inspect_table
+    from tolserve.engine.look import render, to_json
+    from tolserve.tol.frequencies import read_frequencies
+
+    files = ModelFiles.load(settings.model)
+    is_id = settings.token.isdecimal() and not settings.text
+    token = int(settings.token) if is_id else files.tokenizer.only_id(settings.token)
+    given = settings.frequencies
+    where = settings.model_dump(mode="json", include={"model", "table", "cache_dir"})
+    with _Bar("comparing") if settings.nearest else nullcontext() as bar:
+        view = inspect_table(
+            EngineSettings(**where, any_encoding=True),
+            token,
+            layers=[int(layer) for layer in settings.layers.split(",")] if settings.layers is not None else None,
+            top=settings.top,
+            counts=read_frequencies(given, files.vocab_size) if given is not None else None,
+            nearest=settings.nearest,
+            progress=bar,
+        )
+    label = files.tokenizer.label
+    print(json.dumps(to_json(view, label), indent=2) if settings.json_output else render(view, label))
 
 
 def table_build(settings: TableBuildSettings) -> None:
@@ -297,6 +326,7 @@ class Command:
 COMMANDS = {
     ("serve",): Command(ServeSettings, serve),
     ("generate",): Command(GenerateSettings, generate),
+    ("inspect",): Command(InspectSettings, inspect),
     ("train",): Command(TrainSettings, train),
     ("table", "build"): Command(TableBuildSettings, table_build),
     ("table", "verify"): Command(TableVerifySettings, table_verify),

@@ -285,6 +285,21 @@ class TrainSettings(Options):
     json_output: bool = Field(False, description="print the final figures as JSON")
 
 
+class InspectSettings(Options):
+    """Show a token's record: what each layer's row promotes and suppresses, and whose are alike."""
+
+    model: CliPositionalArg[Path] = Field(description="model directory")
+    token: CliPositionalArg[str] = Field(description="id of a token, or the text of one")
+    text: bool = Field(False, description="TOKEN is text, also where it is digits")
+    layers: str | None = Field(None, pattern=r"^[0-9]+(,[0-9]+)*$", description="layers to show, as 0,3; all")
+    top: int = Field(8, ge=1, le=50, description="length of the lists")
+    nearest: bool = Field(True, description="read the whole table once and compare with every record")
+    table: Path | None = Field(None, description="table directory; else MODEL/tol, else built once into --cache-dir")
+    cache_dir: Path = Field(default_factory=_default_cache_dir, description="private folder for tables built here")
+    frequencies: Path | None = Field(None, description="token counts (`table freq`) to say how frequent it is")
+    json_output: bool = Field(False, description="print it as JSON")
+
+
 class TableBuildSettings(Options):
     """Run every feed-forward network once over the vocabulary and write the table."""
 

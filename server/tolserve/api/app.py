@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tolserve import __version__, logs
-from tolserve.api import admin, chat, completions, console, errors, routes
+from tolserve.api import admin, chat, completions, console, errors, memory, routes
 from tolserve.api.edge import Auth, BodyLimit, Edge
 from tolserve.api.listener import Listener, TimedProtocol
 from tolserve.api.state import Server
@@ -53,7 +53,7 @@ def create_app(settings: ServeSettings) -> FastAPI:
     )
     app.state.server = server
     errors.install(app)
-    for part in (completions, chat, routes, admin, console):
+    for part in (completions, chat, routes, memory, admin, console):
         app.include_router(part.router)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit)

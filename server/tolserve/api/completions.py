@@ -62,21 +62,18 @@ def lay_out(tokenizer: ModelTokenizer, prompt: Prompt) -> tuple[str, list[int]]:
     return text + decoder.flush(), offsets
 
 
-async def read_prompts(server: Server, body: CompletionRequest) -> list[Prompt]:
-    """All prompts as token ids. An empty one becomes the begin-of-text token where the model has one."""
-    prompts = []
-    for item in body.prompt:
-        if isinstance(item, str):
-            prompt = await server.files.tokenizer.encode_async(item)
-        else:
-            server.require_known(item, "prompt")
-            prompt = Prompt(tuple(item))
-        if not prompt.ids and server.files.bos_token_id is not None:
-            prompt = Prompt((server.files.bos_token_id,), frozenset({0}))
-        if not prompt.ids:
-            raise bad_request("prompt", "prompt: it has no tokens, and this model has no begin-of-text token")
-        prompts.append(prompt)
-    return prompts
+async def read_prompt(server: Server, item: str | list[int]) -> Prompt:
+    """A prompt as token ids. An empty one becomes the begin-of-text token where the model has one."""
+    if isinstance(item, str):
+        prompt = await server.files.tokenizer.encode_async(item)
+    else:
+        server.require_known(item, "prompt")
+        prompt = Prompt(tuple(item))
+    if not prompt.ids and server.files.bos_token_id is not None:
+        prompt = Prompt((server.files.bos_token_id,), frozenset({0}))
+    if not prompt.ids:
+        raise bad_request("prompt", "prompt: it has no tokens, and this model has no begin-of-text token")
+    return prompt
 
 
 @router.post("/v1/completions")
@@ -86,7 +83,7 @@ async def completions(
     """Continue one or several prompts."""
     server.require_model(body.model)
     ready = server.require_ready()
-    prompts = await read_prompts(server, body)
+    prompts = [await read_prompt(server, item) for item in body.prompt]
     fields = ("prompt", "max_tokens")
     sized = [(p, server.token_budget(p, body.max_tokens, DEFAULT_MAX_TOKENS, fields)) for p in prompts]
     echo = bool(body.echo)

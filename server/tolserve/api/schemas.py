@@ -268,6 +268,24 @@ class TokenizeRequest(Wire):
         return self
 
 
+class AttributionRequest(Wire):
+    """A prompt whose logits are taken apart."""
+
+    model: str
+    prompt: PromptItem
+    targets: Annotated[
+        Annotated[Literal["next"], Tag("~next")] | Annotated[list[TokenId], Tag("~tokens")],
+        Discriminator(lambda value: "~next" if isinstance(value, str) else "~tokens"),
+    ] = Field("next", description="the token that comes next, at the end the best one; or an id for each position")
+    against: (
+        Annotated[
+            Annotated[Text, Tag("~text")] | Annotated[TokenId, Tag("~token")],
+            Discriminator(lambda value: "~text" if isinstance(value, str) else "~token"),
+        ]
+        | None
+    ) = Field(None, description="id or text of one token, whose logit is taken off the target's")
+
+
 CacheWords = Annotated[str, Field(min_length=1, max_length=40, description="as the option: 4096, 2GiB or 10%")]
 
 

@@ -29,6 +29,7 @@ class Server:
     engine: EngineClient
     metrics: Metrics = field(default_factory=Metrics)
     stopping_since: float | None = None  # monotonic; set by the first SIGTERM
+    looks: int = 0  # into the memory, that wait for the engine
     started: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     def __post_init__(self) -> None:

@@ -24,6 +24,10 @@ class ModelFilesError(ValueError):
     """A model directory that cannot be served; the message names the file and says what is wrong."""
 
 
+class NotOneTokenError(ValueError):
+    """A text that stands where one token is asked for; the message names its tokens."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Token ids, and the positions that the tokenizer's post-processor put there: an echo leaves those out."""
@@ -79,6 +83,14 @@ class ModelTokenizer:
         if len(text) <= INLINE_CHARACTERS:
             return self.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
+
+    def only_id(self, text: str) -> int:
+        """The token that a text is. Raises NotOneTokenError."""
+        ids = self.encode(text, add_special_tokens=False).ids
+        if len(ids) == 1:
+            return ids[0]
+        named = ", ".join(f"{token} {self.label(token)!r}" for token in ids[:16]) + (", ..." if len(ids) > 16 else "")
+        raise NotOneTokenError(f"the text {f'is {len(ids)} tokens: {named}; give one of them' if ids else 'is empty'}")
 
     def id_of(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)

@@ -91,6 +91,7 @@ def assemble(settings: EngineSettings, ahead: bool | None = None) -> Engine:
             recorder=recorder,
             watch=watch,
             packs=packs,
+            counts=_frequencies(settings, config.vocab_size),
         )
         undo.pop_all()
     return engine

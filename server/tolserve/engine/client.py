@@ -7,11 +7,15 @@ from typing import Any, TypeVar
 
 import zmq.asyncio
 
-from tolserve.engine.child import Child, End
+from tolserve.engine.child import Answer, Child, End
+from tolserve.engine.look import Attribution, TokenView
 from tolserve.engine.messages import (
     Abort,
+    AskAttribution,
     AskCache,
     AskMetrics,
+    AskToken,
+    Attributed,
     Cache,
     MetricsSnapshot,
     Ready,
@@ -20,6 +24,8 @@ from tolserve.engine.messages import (
     Resize,
     Resized,
     Submit,
+    ToEngine,
+    TokenSeen,
 )
 from tolserve.engine.request import Delta, Failure, Request
 from tolserve.metrics import Metric, Metrics, merge
@@ -31,8 +37,8 @@ Granted = TypeVar("Granted")
 
 # A scrape waits this long for fresh numbers; a step of a large prefill can take longer, then the last ones are shown.
 METRICS_TIMEOUT_SECONDS = 1.0
-# Somebody looking into the cache waits as long as a long step may take, then is told to try again.
-CACHE_TIMEOUT_SECONDS = 10.0
+# Somebody looking into the memory waits as long as a long step may take, then is told to try again.
+LOOK_TIMEOUT_SECONDS = 10.0
 # Before a restart: soon after the first death, which may be chance, seldom when an engine cannot stay up.
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 # An engine that served for so long ends the streak of failures.
@@ -187,14 +193,25 @@ class EngineClient:
 
         Raises EngineError when the engine is gone or too busy to answer.
         """
-        answer = await self._answering().ask(AskCache(limit), Cache, CACHE_TIMEOUT_SECONDS)
+        return (await self._ask(AskCache(limit), Cache)).view
+
+    async def token(self, token: int, layers: list[int] | None, top: int) -> TokenView:
+        """A token's record as inspect.look_up finds it. Raises EngineError."""
+        answer = await self._ask(AskToken(token, layers, top), TokenSeen)
+        return self._granted(answer.view, answer)
+
+    async def attribution(self, request: Request, targets: list[int] | None, against: int | None) -> Attribution:
+        """What moved a prompt's logits, as attribution.attribute says. Raises EngineError."""
+        answer = await self._ask(AskAttribution(request, targets, against), Attributed)
+        return self._granted(answer.attribution, answer)
+
+    async def _ask(self, question: ToEngine, kind: type[Answer]) -> Answer:
+        """The answer to somebody who looks. Raises EngineError when the engine is gone or too busy to answer."""
+        answer = await self._answering().ask(question, kind, LOOK_TIMEOUT_SECONDS)
         if answer is None:
-            raise (
-                EngineError("dead", self.failure)
-                if self.failure
-                else EngineError("slow", "the engine is in a long step")
-            )
-        return answer.view
+            kind_of, message = ("dead", self.failure) if self.failure else ("slow", "the engine is in a long step")
+            raise EngineError(kind_of, message)
+        return answer
 
     async def resize(self, device_cache: str | None, host_cache: str | None) -> CacheSizes:
         """Change the tiers' sizes, in the options' words, after the step that runs; returns those in force. An engine
@@ -212,9 +229,9 @@ class EngineClient:
         facts = self._granted(answer.facts if answer is not None else None, answer)
         return facts
 
-    def _granted(self, value: Granted | None, answer: Resized | Reopened | None) -> Granted:
-        """Such questions wait however long the step before them takes: who was told to try again would not know what
-        holds. No answer means that the engine is gone."""
+    def _granted(self, value: Granted | None, answer: Resized | Reopened | TokenSeen | Attributed | None) -> Granted:
+        """What was asked for. Questions that change something wait however long the step before them takes: who was
+        told to try again would not know what holds. No answer means that the engine is gone."""
         if answer is not None and answer.declined is not None:
             raise EngineError(answer.declined.kind, answer.declined.message)
         if value is None:

@@ -19,6 +19,7 @@ from tolserve.engine.sitout import SitOut
 from tolserve.engine.steering import Steered, steer
 from tolserve.metrics import Metrics
 from tolserve.model.pack import PackError
+from tolserve.tol.frequencies import Counts
 from tolserve.tol.pager import Lease, Pager, RecordsUnavailable
 from tolserve.tol.recorder import Recorder
 from tolserve.tol.size import parse_cache_size
@@ -50,9 +51,11 @@ class Engine:
         recorder: Recorder | None = None,
         watch: TableWatch | None = None,
         packs: PackStore | None = None,
+        counts: Counts | None = None,
     ) -> None:
+        """`counts` is the frequency list that it was started with."""
         self.runner, self.scheduler, self.pager = runner, scheduler, runner.pager
-        self.recorder, self.watch, self.packs = recorder, watch, packs
+        self.recorder, self.watch, self.packs, self._counts = recorder, watch, packs, counts
         self.max_model_len, self.max_queue = max_model_len, max_queue
         self.registry = metrics
         self.metrics = EngineMetrics(metrics)
@@ -115,6 +118,14 @@ class Engine:
                 self.pager.unneeded(sequence.tokens[sequence.computed :])
             if self.recorder is not None:
                 self.recorder.ended(sequence.tokens[sequence.cached or 0 : sequence.told])
+
+    def drain(self) -> None:
+        """Have no step on its way: whoever looks, or changes something, between two steps finds nothing half done."""
+
+    def frequencies(self) -> Counts | None:
+        """How often each token ran, by the list that the server keeps, else by the one that it was given."""
+        kept = self.recorder.counts() if self.recorder is not None else None
+        return kept if kept is not None else self._counts
 
     def refresh_metrics(self) -> None:
         """Bring gauges up to date between steps, finished fills included."""

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from tolserve.engine.look import Attribution, TokenView
 from tolserve.engine.request import Delta, Failure, Request
 from tolserve.metrics import Metric
 from tolserve.tol.view import CacheSizes, DeviceView
@@ -80,10 +81,11 @@ class Reopen(msgspec.Struct, tag="reopen", frozen=True):
 
 
 class Declined(msgspec.Struct, frozen=True):
-    """Why nothing was changed: "invalid" is the asker's doing, "memory" that there is none for it, "conflict" that
-    what lies at the table's path cannot be used."""
+    """Why nothing was changed, or found: "invalid" is the asker's doing, "memory" that there is none for it, "busy"
+    that there is none right now, "conflict" that what lies at the table's path cannot be used, "table" that a record
+    could not be read."""
 
-    kind: Literal["invalid", "memory", "conflict"]
+    kind: Literal["invalid", "memory", "busy", "conflict", "table"]
     message: str
 
 
@@ -101,8 +103,42 @@ class Reopened(msgspec.Struct, tag="reopened", frozen=True):
     declined: Declined | None
 
 
-ToEngine = Submit | Abort | Hello | AskMetrics | AskCache | Resize | Reopen
-FromEngine = Ready | Progress | Refusal | MetricsSnapshot | Cache | Resized | Reopened | Heartbeat
+class AskToken(msgspec.Struct, tag="ask_token", frozen=True):
+    """Answered with `TokenSeen`, between two steps. `layers` None asks for all; lists are `top` long."""
+
+    token: int
+    layers: list[int] | None
+    top: int
+
+
+class TokenSeen(msgspec.Struct, tag="token_seen", frozen=True):
+    """One of the two is None."""
+
+    view: TokenView | None
+    declined: Declined | None
+
+
+class AskAttribution(msgspec.Struct, tag="ask_attribution", frozen=True):
+    """Answered with `Attributed`, between two steps. Of the request its prompt matters; the rest is as in
+    attribution.attribute."""
+
+    request: Request
+    targets: list[int] | None
+    against: int | None
+
+
+class Attributed(msgspec.Struct, tag="attributed", frozen=True):
+    """One of the two is None."""
+
+    attribution: Attribution | None
+    declined: Declined | None
+
+
+Look = AskToken | AskAttribution
+ToEngine = Submit | Abort | Hello | AskMetrics | AskCache | Resize | Reopen | Look
+FromEngine = (
+    Ready | Progress | Refusal | MetricsSnapshot | Cache | Resized | Reopened | TokenSeen | Attributed | Heartbeat
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -45,6 +45,9 @@ class EngineMetrics:
             ("by",),
             [("packs",), ("alpha",)],
         )
+        self.looks = metrics.counter(
+            "memory_looks_total", "Looks into the memory", ("kind",), [("token",), ("attribution",)]
+        )
         self.iteration_tokens = metrics.histogram("iteration_tokens_total", "Tokens per step", _TOKENS)
         self.first_token = metrics.histogram("time_to_first_token_seconds", "Arrival to first token", _SECONDS)
         self.inter_token = metrics.histogram("inter_token_latency_seconds", "Between tokens of a request", _SECONDS)

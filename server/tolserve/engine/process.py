@@ -5,22 +5,29 @@ Nothing of a request but its id ever enters a log line.
 
 import logging
 import sys
+from collections import deque
 from typing import Any
 
 import msgspec
 import zmq
 
 from tolserve.engine.assemble import SettingsError, assemble, use_threads
+from tolserve.engine.attribution import NoRoom, attribute
 from tolserve.engine.config import EngineSettings
 from tolserve.engine.engine import Engine, Output
+from tolserve.engine.inspect import look_up
 from tolserve.engine.messages import (
     Abort,
+    AskAttribution,
     AskCache,
     AskMetrics,
+    AskToken,
+    Attributed,
     Cache,
     Declined,
     FromEngine,
     Hello,
+    Look,
     MetricsSnapshot,
     Progress,
     Ready,
@@ -31,6 +38,7 @@ from tolserve.engine.messages import (
     Resized,
     Submit,
     ToEngine,
+    TokenSeen,
     decode_to_engine,
     encode,
 )
@@ -38,6 +46,7 @@ from tolserve.engine.pulse import Pulse
 from tolserve.engine.request import Delta, Failure, Request, SamplingParams
 from tolserve.model.checkpoint import CheckpointError
 from tolserve.model.config import ConfigError
+from tolserve.tol.pager import RecordsUnavailable
 from tolserve.tol.table import RecordError, TableError
 
 log = logging.getLogger(__name__)
@@ -49,16 +58,19 @@ class EngineServer:
     def __init__(self, engine: Engine, socket: zmq.Socket[bytes], pulse: Pulse) -> None:
         self.engine, self.socket, self.pulse = engine, socket, pulse
         self._worker_of: dict[str, bytes] = {}  # request id -> the API worker that waits for it
+        self._looks: deque[tuple[bytes, Look]] = deque()  # one between two steps
 
     def run(self, lifeline: int) -> None:
         """Serve until `lifeline`, the read end of a pipe that nothing is written to, is closed on its other end."""
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
         poller.register(lifeline, zmq.POLLIN)
-        while lifeline not in (ready := dict(poller.poll(0 if self.engine.busy else None))):
+        while lifeline not in (ready := dict(poller.poll(0 if self.engine.busy or self._looks else None))):
             self.pulse.step_begins()
             if ready:
                 self._receive_all()
+            if self._looks:
+                self._send(*self._look(*self._looks.popleft()))
             self._send_outputs(self.engine.step())
             self.pulse.step_ends()
 
@@ -93,6 +105,34 @@ class EngineServer:
                 self._send(worker, self._resized(device_cache, host_cache))
             case Reopen():
                 self._send(worker, self._reopened())
+            case AskToken() | AskAttribution():
+                self._looks.append((worker, message))
+
+    def _look(self, worker: bytes, question: Look) -> tuple[bytes, TokenSeen | Attributed]:
+        if isinstance(question, AskToken):
+            self.engine.metrics.looks.add(1, "token")
+            return worker, self._seen(question)
+        self.engine.metrics.looks.add(1, "attribution")
+        return worker, self._attributed(question)
+
+    def _seen(self, question: AskToken) -> TokenSeen:
+        engine = self.engine
+        try:
+            view = look_up(engine.runner, question.token, question.layers, question.top, engine.frequencies())
+        except (ValueError, RecordError) as error:
+            return TokenSeen(None, Declined("table" if isinstance(error, RecordError) else "invalid", str(error)))
+        return TokenSeen(view, None)
+
+    def _attributed(self, question: AskAttribution) -> Attributed:
+        try:
+            found = attribute(self.engine, question.request, question.targets, question.against)
+        except ValueError as error:
+            return Attributed(None, Declined("invalid", str(error)))
+        except NoRoom as error:
+            return Attributed(None, Declined("busy", str(error)))
+        except RecordsUnavailable as error:
+            return Attributed(None, Declined("table", str(error)))
+        return Attributed(found, None)
 
     def _resized(self, device_cache: str | None, host_cache: str | None) -> Resized:
         try:
