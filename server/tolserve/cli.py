@@ -113,20 +113,45 @@ def train(settings: TrainSettings) -> None:
 
     import torch
 
-    from tolserve.model.config import ModelConfig
-    from tolserve.train.loop import Recipe, Run, keep_freed_memory
+    from tolserve.train.loop import Run, keep_freed_memory
+    from tolserve.train.ranks import join
+    from tolserve.train.recipe import Recipe
 
     keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     given = settings.model_dump(mode="json")
-    shape = {field.name: given[field.name] for field in fields(ModelConfig) if field.name in given}
     recipe = {field.name: given[field.name] for field in fields(Recipe)} | {"data": tuple(given["data"])}
-    config = ModelConfig(**shape, max_position_embeddings=settings.length)
-    run = Run(settings.out, config, Recipe(**recipe))
-    run.train(settings.save_every, tell=lambda line: print(line, file=sys.stderr))
-    figures = run.finish()
-    _show(figures, settings.json_output)
+    with join(settings.device) as ranks:
+        run = Run(settings.out, _train_shape(settings), Recipe(**recipe), ranks)
+        run.train(settings.save_every, tell=lambda line: print(line, file=sys.stderr))
+        figures = run.finish()
+    if ranks.first:
+        _show(figures, settings.json_output)
+
+
+def _train_shape(settings: TrainSettings) -> Any:
+    """The shape of the model to train: of the checkpoint or the preset, where one is named, with what is given beside
+    it; else as the options say."""
+    from dataclasses import fields, replace
+
+    from tolserve.model.config import ModelConfig
+    from tolserve.model.presets import preset, variant_name
+    from tolserve.train.start import shape_from
+
+    names = {field.name for field in fields(ModelConfig)} & set(TrainSettings.model_fields)
+    given = settings.model_dump(include=names & settings.model_fields_set)
+    if settings.init_from is not None:
+        size = given.get("intermediate_size")
+        shape = shape_from(settings.init_from, settings.ffn_variant, settings.flex_beta, size)
+        for name, value in given.items():
+            if value != getattr(shape, name):
+                raise OptionError(f"{settings.flag(name)} is {value}, but --init-from's is {getattr(shape, name)}")
+        return shape
+    if settings.preset is not None:
+        shape = preset(settings.preset, variant_name(settings.ffn_variant, settings.flex_beta))
+        return replace(shape, **given, max_position_embeddings=settings.length)
+    return ModelConfig(**settings.model_dump(include=names), max_position_embeddings=settings.length)
 
 
 def inspect(settings: InspectSettings) -> None:

@@ -256,10 +256,16 @@ class GenerateSettings(EngineOptions):
 class TrainSettings(Options):
     """Train a model, and its tokenizer if none is given. The defaults are the demo model's recipe."""
 
-    data: list[Path] = Field(min_length=1, description="training text, .jsonl or .txt, may end in .gz; in this order")
+    data: list[Path] = Field(
+        min_length=1, description="text (.jsonl, .txt, also with .gz, .bz2, .xz) or token ids (.npy), in this order"
+    )
     held_out: Path | None = Field(None, description="text that only the final figures see")
     tokenizer: Path | None = Field(None, description="tokenizer.json to use; trained on --data if not given")
     out: Path = Field(description="folder of the run; an unfinished run there is continued")
+    preset: Literal["250M", "750M", "1B"] | None = Field(None, description="a shape of the paper, as --ffn-variant")
+    init_from: Path | None = Field(None, description="LLaMA checkpoint to take all but the FFNs and the tokenizer from")
+    freeze: bool = Field(False, description="with --init-from: train the new networks alone")
+    distil: bool = Field(False, description="with --init-from: learn its model's predictions instead of the text")
     vocab_size: Positive = 8192
     hidden_size: Positive = 256
     intermediate_size: Positive = 960
@@ -269,6 +275,7 @@ class TrainSettings(Options):
     ffn_variant: Literal["base", "memory", "flex"] = "memory"
     flex_beta: int = Field(0, ge=0, le=3, description="square maps of a flex model's FFN-C")
     batch: Positive = Field(4, description="sequences per step")
+    accumulate: Positive = Field(1, description="micro-batches that each process cuts its share of a step into")
     length: Positive = Field(1024, description="tokens per sequence")
     steps: Positive = 4200
     warmup: int = Field(200, ge=0, description="steps of linear warm-up")
@@ -280,9 +287,18 @@ class TrainSettings(Options):
     z_loss: NotNegativeFloat = 1e-6
     clip: PositiveFloat = Field(1.0, description="largest norm of a step's gradient")
     seed: int = Field(0, ge=0, lt=2**63)
+    autocast: Literal["off", "bf16"] = Field("off", description="bf16: matrix products in 16 bits, weights in 32")
+    compile: bool = Field(False, description="run the model through torch.compile")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto prefers cuda")
     save_every: Positive = Field(250, description="steps between saves of resumable state")
     threads: Positive | None = Field(None, description="CPU threads; all cores if not given")
     json_output: bool = Field(False, description="print the final figures as JSON")
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if self.init_from is not None and self.preset is not None:
+            raise ValueError("--preset and --init-from both say the shape; give one of them")
+        return self
 
 
 class InspectSettings(Options):

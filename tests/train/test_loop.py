@@ -20,7 +20,9 @@ from tolserve.model.checkpoint import load_transformer, read_fingerprint
 from tolserve.model.config import ModelConfig
 from tolserve.model.transformer import Transformer
 from tolserve.train.data import read_documents
-from tolserve.train.loop import Recipe, Run, TrainError, loss_terms, make_optimizer
+from tolserve.train.loop import Run, make_optimizer
+from tolserve.train.objective import loss_terms
+from tolserve.train.recipe import Recipe, TrainError
 from tolserve.train.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 
 STEPS = 8
@@ -238,10 +240,10 @@ def test_saving_never_is_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_a_run_trains_its_own_tokenizer(folder: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, tiny_config(vocab_size=280), recipe_of(folder, tokenizer=None))
-    assert run.config.vocab_size == run.tokenizer.get_vocab_size() == 280
-    assert run.config.eos_token_id == run.tokenizer.token_to_id(END_OF_TEXT) == 0
+    assert run.config.vocab_size == run.text.tokenizer.get_vocab_size() == 280
+    assert run.config.eos_token_id == run.text.tokenizer.token_to_id(END_OF_TEXT) == 0
     again = Run(tmp_path, tiny_config(vocab_size=280), recipe_of(folder, tokenizer=None))
-    assert again.tokenizer.to_str() == run.tokenizer.to_str()
+    assert again.text.tokenizer.to_str() == run.text.tokenizer.to_str()
 
 
 @pytest.mark.parametrize("variant", ["base", "memory", "flex"])
@@ -268,11 +270,11 @@ def test_a_short_run_learns_and_leaves_a_model_directory(folder: Path, tmp_path:
 
 def test_held_out_bytes_are_those_of_the_text(folder: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, tiny_config(), recipe_of(folder))
-    held_out = run.held_out()
+    held_out = run.text.held_out()
     assert held_out is not None
     assert held_out.text_bytes == (folder / "unseen.txt").stat().st_size
-    assert [document[0] for document in held_out.documents] == [run.end]
-    assert [run.tokenizer.decode(d[1:]) for d in held_out.documents] == list(read_documents(folder / "unseen.txt"))
+    assert [document[0] for document in held_out.documents] == [run.text.separator]
+    assert [run.text.tokenizer.decode(d[1:]) for d in held_out.documents] == list(read_documents(folder / "unseen.txt"))
 
 
 @given(st.text(max_size=60))

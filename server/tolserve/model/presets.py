@@ -5,7 +5,7 @@ Source: paper Tables 4 and 5, the flex rows in the order that its parameter coun
 
 from dataclasses import dataclass
 
-from tolserve.model.config import FfnVariant, ModelConfig
+from tolserve.model.config import ConfigError, FfnVariant, ModelConfig
 
 LAYERS = 24
 VOCABULARY = 128_256  # LLaMA-3.1's tokenizer
@@ -34,6 +34,14 @@ VARIANTS: dict[str, tuple[FfnVariant, int]] = {
     "flex-1": ("flex", 1),
     "memory": ("memory", 0),
 }
+
+
+def variant_name(ffn_variant: FfnVariant, flex_beta: int) -> str:
+    """The name in VARIANTS. Raises ConfigError for a beta that the variant does not have."""
+    for name, variant in VARIANTS.items():
+        if variant == (ffn_variant, flex_beta):
+            return name
+    raise ConfigError(f"ffn_variant {ffn_variant!r} with flex_beta {flex_beta}; flex has 1, 2 or 3, the others 0")
 
 
 def preset(size: str, variant: str) -> ModelConfig:

@@ -64,7 +64,8 @@ class Transformer(nn.Module):
         layers = self.model.layers
 
         def add_row(layer: int, x: Tensor) -> Tensor:
-            row = F.embedding(inverse, layers[layer].memory_row(embedding))
+            # In the stream's precision: autocast's 16 bits would round a frequent token's gradient at every addition.
+            row = F.embedding(inverse, layers[layer].memory_row(embedding).to(x.dtype))
             return x + (row if alpha == 1.0 else alpha * row)
 
         return add_row

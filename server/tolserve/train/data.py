@@ -1,28 +1,36 @@
 """Text to packed token sequences, in an order that a seed fixes."""
 
+import bz2
 import gzip
 import json
-from collections.abc import Iterator
+import lzma
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-Tokens = npt.NDArray[np.int32]
+Tokens = npt.NDArray[np.int32]  # of a token file, any integers
 
 
 class DataError(ValueError):
     """Training text that cannot be read; the message names the file and line."""
 
 
+# By the end of a file's name.
+_OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+TOKENS = ".npy"
+
+
 def read_documents(path: Path) -> Iterator[str]:
-    """Documents of a file: each `text` of a .jsonl, or the whole of a .txt; either may end in .gz."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    """Documents of a file: each `text` of a .jsonl, or the whole of a .txt; either may end in .gz, .bz2 or .xz."""
+    opener = _OPENERS.get(path.suffix, open)
+    kind = path.with_suffix("").suffix if path.suffix in _OPENERS else path.suffix
     if kind not in (".jsonl", ".txt"):
-        raise DataError(f"{path}: expected .jsonl or .txt, optionally with .gz")
+        raise DataError(f"{path}: expected text, .jsonl or .txt, optionally with {', '.join(_OPENERS)}")
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
             if kind == ".txt":
@@ -30,7 +38,7 @@ def read_documents(path: Path) -> Iterator[str]:
                 return
             for number, line in enumerate(lines, 1):
                 yield _text(path, number, line)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -51,6 +59,23 @@ def tokenise(path: Path, tokenizer: Tokenizer, separator: int) -> Tokens:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         parts.append(np.array([separator, *ids], dtype=np.int32))
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+def read_tokens(path: Path, vocab_size: int) -> Tokens:
+    """A stream of token ids that was saved with numpy.save: one dimension of integers, documents separated inside.
+
+    The file stays on disk and is read where a sequence is taken. Raises DataError for another array, or an id that the
+    vocabulary does not have.
+    """
+    try:
+        stream: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as .npy: {error}") from error
+    if stream.ndim != 1 or stream.dtype.kind not in "iu":
+        raise DataError(f"{path} holds {stream.dtype} {list(stream.shape)}; token ids are integers in one dimension")
+    if len(stream) and not 0 <= stream.min() <= stream.max() < vocab_size:
+        raise DataError(f"{path} has ids from {stream.min()} to {stream.max()}; the vocabulary has {vocab_size} tokens")
+    return stream
 
 
 @dataclass(frozen=True)
@@ -82,5 +107,6 @@ class Sequences:
         cursor = first_step * batch
         while True:
             chosen = order[np.arange(cursor, cursor + batch) % len(order)]
-            yield np.stack([self.streams[i][start : start + self.length + 1] for i, start in chosen])
+            cut = [self.streams[i][start : start + self.length + 1] for i, start in chosen]
+            yield np.stack(cut).astype(np.int32, copy=False)
             cursor += batch

@@ -53,9 +53,10 @@ def evaluate(model: Transformer, held_out: HeldOut, length: int, *, batch: int =
 
     Raises DataError when there is nothing to predict.
     """
+    device = model.model.embed_tokens.weight.device
     nats, tokens = 0.0, 0
     for rows in _batches(held_out, length, batch):
-        sample = torch.from_numpy(rows).long()
+        sample = torch.from_numpy(rows).to(device).long()
         inputs, targets = sample[:, :-1], sample[:, 1:]
         logits = model(inputs, alpha).float()
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()

@@ -1,59 +1,35 @@
 """The training loop: AdamW, warm-up and cosine, cross entropy with z-loss, exact resume (paper section 4)."""
 
 import ctypes
+import itertools
 import json
-import math
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
 from tolserve.model.checkpoint import compute_fingerprint, save_checkpoint, save_tensors
 from tolserve.model.config import ModelConfig
 from tolserve.model.transformer import Transformer
-from tolserve.train.data import Sequences, Tokens, read_documents, tokenise
-from tolserve.train.evaluate import HeldOut, Loss, evaluate
-from tolserve.train.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from tolserve.train.data import Sequences, Tokens
+from tolserve.train.evaluate import Loss, evaluate
+from tolserve.train.objective import Objective
+from tolserve.train.ranks import ALONE, Ranks
+from tolserve.train.rate import distinct_share, matrix_rate, training_flops
+from tolserve.train.recipe import Recipe, TrainError, claim
+from tolserve.train.start import TOKENIZER_FILES, load_teacher, take_over
+from tolserve.train.text import Text
+from tolserve.train.tokenizer import save_tokenizer
 
-
-class TrainError(ValueError):
-    """A run that cannot start; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the result of a run. Two runs of one recipe on one machine give the same weights."""
-
-    data: tuple[str, ...]
-    held_out: str | None
-    tokenizer: str | None
-    batch: int  # sequences per step
-    length: int  # tokens per sequence
-    steps: int
-    warmup: int
-    peak_lr: float
-    min_lr: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    z_loss: float
-    clip: float
-    seed: int
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up to `peak_lr`, then a cosine that reaches `min_lr` behind the last step."""
-        if step < self.warmup:
-            return self.peak_lr * (step + 1) / self.warmup
-        share = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def keep_freed_memory() -> None:
@@ -70,18 +46,10 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-def loss_terms(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy, and what is minimised: cross entropy + z_loss * mean(logsumexp^2)."""
-    normaliser = logits.float().logsumexp(-1)
-    picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).float()
-    cross_entropy = (normaliser - picked).mean()
-    return cross_entropy, cross_entropy + z_loss * normaliser.square().mean()
-
-
 def make_optimizer(model: Transformer, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; matrices decay, norms do not."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    """AdamW over what trains; matrices decay, norms do not."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(recipe.beta1, recipe.beta2), fused=True)
 
@@ -89,45 +57,36 @@ def make_optimizer(model: Transformer, recipe: Recipe) -> torch.optim.AdamW:
 class Run:
     """One training run in a folder: model files at its top, resumable state under `state/`, `loss.csv` beside it."""
 
-    def __init__(self, out: Path, shape: ModelConfig, recipe: Recipe) -> None:
-        self.out, self.state_dir, self.recipe = out, out / "state", recipe
-        out.mkdir(parents=True, exist_ok=True)
-        self._claim_folder(shape)
-        self.tokenizer = self._prepare_tokenizer(shape)
-        end = self.tokenizer.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise TrainError(f"the tokenizer has no {END_OF_TEXT!r} token")
-        self.end: int = end
-        vocabulary = self.tokenizer.get_vocab_size()
-        self.config = replace(shape, vocab_size=vocabulary, bos_token_id=end, eos_token_id=end)
-        self.model = Transformer(self.config, with_memory=True)
-        self.model.initialise(recipe.seed)
+    def __init__(self, out: Path, shape: ModelConfig, recipe: Recipe, ranks: Ranks = ALONE) -> None:
+        self.out, self.state_dir, self.recipe, self.ranks = out, out / "state", recipe, ranks
+        if recipe.length > shape.max_position_embeddings:
+            raise TrainError(f"--length {recipe.length}: the model has {shape.max_position_embeddings} positions")
+        with ranks.first_ahead():
+            claim(out, shape, recipe)
+            self.text = Text.prepare(out, shape, recipe)
+            self.sequences = Sequences(self.text.streams(self.state_dir), recipe.length, recipe.seed)
+        self.config = shape
+        if recipe.init_from is None:
+            end = self.text.separator
+            self.config = replace(shape, vocab_size=self.text.vocab_size, bos_token_id=end, eos_token_id=end)
+        self.model = self._begin().to(ranks.device)
+        teacher = load_teacher(Path(recipe.init_from), ranks.device) if recipe.init_from and recipe.distil else None
         self.optimizer = make_optimizer(self.model, recipe)
+        self.objective = Objective(self.model, recipe, ranks, teacher)
         self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []  # of the steps since the last row of loss.csv
         self._resume()
 
-    def _claim_folder(self, shape: ModelConfig) -> None:
-        """A folder belongs to one recipe: continuing with another would make loss.csv and the card lie."""
-        asked = json.loads(json.dumps({"shape": asdict(shape), "recipe": asdict(self.recipe)}))
-        path = self.out / "recipe.json"
-        if path.exists() and json.loads(path.read_text()) != asked:
-            raise TrainError(f"{path} holds another recipe; give --out a new folder, or the same options to resume")
-        path.write_text(json.dumps(asked, indent=2) + "\n")
-
-    def _prepare_tokenizer(self, shape: ModelConfig) -> Tokenizer:
-        given = self.recipe.tokenizer
-        path = Path(given) if given else self.out / "tokenizer.json"
-        if given and not path.exists():
-            raise TrainError(f"--tokenizer {path} does not exist")
-        if path.exists():
-            tokenizer = Tokenizer.from_file(str(path))
-            if given and (size := tokenizer.get_vocab_size()) != shape.vocab_size:
-                raise TrainError(f"--vocab-size is {shape.vocab_size}, but the tokenizer {path} has {size} tokens")
-            return tokenizer
-        texts = (text for data in self.recipe.data for text in read_documents(Path(data)))
-        tokenizer = train_tokenizer(texts, shape.vocab_size)
-        tokenizer.save(str(path))
-        return tokenizer
+    def _begin(self) -> Transformer:
+        model = Transformer(self.config, with_memory=True)
+        model.initialise(self.recipe.seed)
+        if self.recipe.init_from is not None:
+            taken = take_over(model, Path(self.recipe.init_from))
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not (self.recipe.freeze and name in taken))
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                raise TrainError("--freeze leaves nothing to train: the checkpoint has all that the model has")
+        return model
 
     def _resume(self) -> None:
         progress = self.state_dir / "progress.json"
@@ -135,14 +94,20 @@ class Run:
             return
         saved = json.loads(progress.read_text())
         state = load_file(self.state_dir / saved["file"])
-        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.step, self.seconds, self.losses = saved["step"], saved["seconds"], saved.get("losses", [])
         for name, parameter in self.model.named_parameters():
             parameter.data.copy_(state[name])
-            self.optimizer.state[parameter] = {key: state[f"{key}:{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            if parameter.requires_grad:
+                moments = {key: state[f"{key}:{name}"].to(parameter.device) for key in _MOMENTS}
+                self.optimizer.state[parameter] = moments
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.recipe.batch * self.recipe.length
 
     @property
     def tokens_seen(self) -> int:
-        return self.step * self.recipe.batch * self.recipe.length
+        return self.step * self.tokens_per_step
 
     def save_state(self) -> None:
         """Weights and moments in one file, then the pointer to it: a crash between leaves the previous state."""
@@ -154,92 +119,92 @@ class Run:
                 tensors[f"{key}:{name}"] = moment
         file = f"state-{self.step:08d}.safetensors"
         save_tensors(self.state_dir / file, tensors)
+        progress = {"file": file, "step": self.step, "seconds": self.seconds, "losses": self.losses}
         temporary = self.state_dir / "progress.json.tmp"
-        temporary.write_text(json.dumps({"file": file, "step": self.step, "seconds": self.seconds}))
+        temporary.write_text(json.dumps(progress))
         temporary.replace(self.state_dir / "progress.json")
         for old in self.state_dir.glob("state-*.safetensors"):
             if old.name != file:
                 old.unlink()
 
-    def streams(self) -> tuple[Tokens, ...]:
-        """Token streams of the training files, tokenised once and kept beside the run."""
-        streams = []
-        for index, data in enumerate(self.recipe.data):
-            kept = self.out / "state" / f"tokens-{index}.npy"
-            if not kept.exists():
-                kept.parent.mkdir(exist_ok=True)
-                temporary = kept.with_suffix(".tmp.npy")
-                np.save(temporary, tokenise(Path(data), self.tokenizer, self.end))
-                temporary.replace(kept)
-            streams.append(np.load(kept, allow_pickle=False))
-        return tuple(streams)
-
     def train_step(self, batch: Tokens) -> float:
         """One update; returns the mean cross entropy in nats per token."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
-        sample = torch.from_numpy(batch).long()
-        cross_entropy, objective = loss_terms(self.model(sample[:, :-1]), sample[:, 1:], self.recipe.z_loss)
         self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        cross_entropy = self.objective.backward(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.step += 1
-        return cross_entropy.item()
+        return cross_entropy
 
     def train(self, save_every: int, log_every: int = 10, tell: Callable[[str], None] = print) -> None:
         """Run to the last step, saving resumable state every `save_every` steps; a killed run goes on from there."""
-        recipe = self.recipe
+        recipe, first = self.recipe, self.ranks.first
         if save_every < 1:
             raise TrainError(f"--save-every is {save_every}; it must be at least 1 step")
-        sequences = Sequences(self.streams(), recipe.length, recipe.seed)
-        available = sum(len(stream) for stream in sequences.streams)
-        tell(f"{available:,} training tokens; {recipe.steps * recipe.batch * recipe.length:,} will be used")
-        bar = tqdm(total=recipe.steps, initial=self.step, unit="step", smoothing=0.05)
-        losses: list[float] = []
-        batches = sequences.batches(recipe.batch, self.step)
+        available = sum(len(stream) for stream in self.sequences.streams)
+        total, done = recipe.steps * self.tokens_per_step, self.tokens_seen
+        if first:
+            tell(f"{available:,} training tokens; {total:,} will be used")
+        bar = tqdm(unit="tok", unit_scale=True, smoothing=0.05, total=total, initial=done, disable=not first)
+        batches = self.sequences.batches(recipe.batch, self.step)
         while self.step < recipe.steps:
             begun = time.perf_counter()
-            losses.append(self.train_step(next(batches)))
+            self.losses.append(self.train_step(next(batches)))
             self.seconds += time.perf_counter() - begun
-            bar.update()
+            bar.update(self.tokens_per_step)
             if self.step % log_every == 0 or self.step == recipe.steps:
-                self._log(losses)
-                bar.set_postfix(loss=f"{np.mean(losses):.3f}")
-                losses.clear()
-            if self.step % save_every == 0 or self.step == recipe.steps:
+                if first:
+                    self._log()
+                bar.set_postfix(loss=f"{np.mean(self.losses):.3f}")
+                self.losses.clear()
+            if first and (self.step % save_every == 0 or self.step == recipe.steps):
                 self.save_state()
         bar.close()
 
-    def _log(self, losses: list[float]) -> None:
+    def _log(self) -> None:
         """Add a row to loss.csv, in place of those that a killed run had written beyond the state it left."""
         path = self.out / "loss.csv"
         rows = path.read_text().splitlines()[1:] if path.exists() else []
         rows = [row for row in rows if int(row.partition(",")[0]) < self.step]
         rate = self.recipe.learning_rate(self.step - 1)
-        rows.append(f"{self.step},{self.tokens_seen},{np.mean(losses):.5f},{rate:.3e},{self.seconds:.0f}")
+        rows.append(f"{self.step},{self.tokens_seen},{np.mean(self.losses):.5f},{rate:.3e},{self.seconds:.0f}")
         path.write_text("\n".join(["step,tokens,loss,learning_rate,seconds", *rows]) + "\n")
 
-    def held_out(self) -> HeldOut | None:
-        if self.recipe.held_out is None:
-            return None
-        texts = list(read_documents(Path(self.recipe.held_out)))
-        encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        documents = tuple(np.array([self.end, *e.ids], dtype=np.int32) for e in encoded)
-        return HeldOut(documents, sum(len(text.encode()) for text in texts))
+    def speed(self) -> dict[str, float]:
+        """Tokens per second, and the arithmetic that training needs as a share of the matrix products' rate, measured
+        now in the training's precision on all processes' devices. A teacher's arithmetic is not counted."""
+        if not self.seconds:
+            return {}
+        dtype = torch.bfloat16 if self.recipe.autocast == "bf16" else torch.float32
+        rate = self.ranks.sum(torch.tensor(matrix_rate(self.ranks.device, dtype), device=self.ranks.device))
+        sample = itertools.islice(self.sequences.batches(self.recipe.batch, 0), 16)
+        flops = training_flops(self.model, self.recipe.length, distinct_share(sample, self.objective.rows))
+        per_second = self.tokens_seen / self.seconds
+        return {
+            "tokens_per_second": round(per_second, 1),
+            "flops_per_token": round(flops),
+            "matrix_gflops": round(rate / 1e9, 1),
+            "share_of_matrix_rate": round(per_second * flops / rate, 3),
+        }
 
     def finish(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-        """Write the model directory in `dtype`, evaluate what was written, and return its figures."""
-        weights = {name: parameter.data.to(dtype) for name, parameter in self.model.named_parameters()}
-        fingerprint = compute_fingerprint(self.config, weights) if self.config.has_memory else None
-        save_checkpoint(self.out, self.config, weights, fingerprint)
-        save_tokenizer(self.tokenizer, self.out, self.config.max_position_embeddings)
+        """Write the model directory in `dtype`, evaluate what was written, and return its figures.
+
+        Every process calls it; the first one writes.
+        """
         figures: dict[str, Any] = {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "training_tokens": self.tokens_seen,
             "training_seconds": round(self.seconds),
+            **self.speed(),
         }
-        if (held_out := self.held_out()) is not None:
+        if not self.ranks.first:
+            return figures
+        weights = {name: parameter.data.to("cpu", dtype) for name, parameter in self.model.named_parameters()}
+        self._write_model(weights)
+        if (held_out := self.text.held_out()) is not None:
             self.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
             figures["held_out"] = asdict(evaluate(self.model, held_out, self.recipe.length))
             if self.config.has_memory:
@@ -247,3 +212,13 @@ class Run:
                 figures["held_out_memory_zeroed"] = asdict(zeroed)
         (self.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
         return figures
+
+    def _write_model(self, weights: dict[str, Tensor]) -> None:
+        fingerprint = compute_fingerprint(self.config, weights) if self.config.has_memory else None
+        save_checkpoint(self.out, self.config, weights, fingerprint)
+        if self.recipe.init_from is None:
+            save_tokenizer(self.text.tokenizer, self.out, self.config.max_position_embeddings)
+            return
+        for name in TOKENIZER_FILES:
+            if (given := Path(self.recipe.init_from) / name).is_file():
+                shutil.copy(given, self.out / name)
