@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = (ROOT / "server", ROOT / "kernels")
 
 # Which of our own parts each part may import, itself aside. Imports run one way:
-# cli -> api -> engine -> (model, tol) -> kernels; train and study sit beside engine.
+# cli -> api -> engine -> (model, tol) -> kernels; train sits beside engine, study above both.
 MAY_IMPORT = {
     "cli": {"settings", "metrics", "logs", "api", "engine", "model", "tol", "train", "study"},
     "settings": set(),
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "api": {"settings", "metrics", "logs", "engine"},
     "engine": {"metrics", "logs", "model", "tol", "kernels"},
     "train": {"model", "tol"},
-    "study": {"model", "tol"},
+    "study": {"settings", "metrics", "engine", "train", "model", "tol", "kernels"},
     "model": {"tol", "kernels"},
     "tol": {"metrics", "kernels"},
     "kernels": set(),

@@ -1,0 +1,228 @@
+"""A model under study: read from its folder, run with other rows or scaled ones, and scored on texts.
+
+`scale` is what a layer's feed-forward output is multiplied by (the paper's alpha, Fig. 7): a memory or flex model's
+rows, a base model's FFN. One number for all layers, or one for each.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from tolserve.model.blocks import AddRow, rotary_tables
+from tolserve.model.checkpoint import load_transformer
+from tolserve.model.config import ModelConfig
+from tolserve.model.networks import TOKENS_PER_BATCH
+from tolserve.model.transformer import Transformer, causal_attention, no_rows
+from tolserve.study.params import count_parameters
+from tolserve.study.report import StudyError
+from tolserve.train.data import DataError, Tokens, read_documents
+from tolserve.train.evaluate import HeldOut, Loss, windows
+
+Rows = Tensor  # float32 [vocab_size, layers, hidden_size]
+Scale = Sequence[float] | float
+
+# Logits of a batch, in values: 268 MB, and as much again for their softmax.
+LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A model in float32, its memory networks included. `separator` is the token that begins each text."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: ModelConfig
+    path: Path
+    separator: int
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def facts(self) -> dict[str, Any]:
+        """What the model is; parameters without embeddings and head, as the paper counts them."""
+        count = count_parameters(self.config)
+        shown = ("ffn_variant", "flex_beta", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+        shape = {name: getattr(self.config, name) for name in shown}
+        return {"model": self.name, **shape, "parameters": count.total, "active_parameters": count.active}
+
+
+def load(model_dir: Path) -> Studied:
+    """Read a model with its networks: base, memory or flex.
+
+    Raises ConfigError or CheckpointError, and StudyError where there is no tokenizer or no separator.
+    """
+    model = load_transformer(model_dir, with_memory=True, dtype=torch.float32)
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():
+        raise StudyError(f"{model_dir} holds no tokenizer.json, and a study reads text; put the model's own there")
+    config = model.config
+    separator = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    if separator is None:
+        raise StudyError(f"{model_dir}/config.json names neither bos_token_id nor eos_token_id, to begin a text with")
+    return Studied(model, Tokenizer.from_file(str(path)), config, model_dir, separator)
+
+
+def scales_of(config: ModelConfig, scale: Scale) -> list[float]:
+    """One factor per layer. Raises StudyError for another number of them."""
+    scales = [float(scale)] * config.num_hidden_layers if isinstance(scale, int | float) else list(map(float, scale))
+    if len(scales) != config.num_hidden_layers:
+        raise StudyError(f"{len(scales)} scales for a model of {config.num_hidden_layers} layers; give one for each")
+    return scales
+
+
+class Forward:
+    """The training form with `rows` in place of those its networks give, and feed-forward outputs scaled.
+
+    Raises StudyError for rows of another shape than the model's, or for a base model, which adds none.
+    """
+
+    def __init__(self, studied: Studied, rows: Rows | None = None, scale: Scale = 1.0) -> None:
+        config = studied.config
+        shape = (config.vocab_size, config.num_hidden_layers, config.hidden_size)
+        if rows is not None and not config.has_memory:
+            raise StudyError(f"{studied.name} is a base model: its layers add no rows that could be replaced")
+        if rows is not None and tuple(rows.shape) != shape:
+            raise StudyError(f"rows of shape {list(rows.shape)} for a model that has {list(shape)}")
+        self.model, self._rows, self._scales = studied.model, rows, scales_of(config, scale)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] int64 -> logits [B, S, V]."""
+        return self.model.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] int64 -> normed hidden states [B, S, d]."""
+        cos, sin = rotary_tables(self.model.config, tokens.shape[-1], tokens.device)
+        attend = causal_attention(cos, sin)
+        if self.model.config.has_memory:
+            return self.model.hidden(tokens, attend, self._add_row(tokens))
+        with _scaled_networks(self.model, self._scales):
+            return self.model.hidden(tokens, attend, no_rows)
+
+    def _add_row(self, tokens: Tensor) -> AddRow:
+        distinct, inverse = tokens.unique(return_inverse=True)
+        rows, scales, layers = self._rows, self._scales, self.model.model.layers
+        embedding = self.model.model.embed_tokens(distinct)
+
+        def add_row(layer: int, x: Tensor) -> Tensor:
+            if scales[layer] == 0:
+                return x
+            row = layers[layer].memory_row(embedding) if rows is None else rows[distinct, layer]
+            return x + F.embedding(inverse, row * scales[layer])
+
+        return add_row
+
+
+@contextmanager
+def _scaled_networks(model: Transformer, scales: Sequence[float]) -> Iterator[None]:
+    """A base model's FFNs put out `scales` times what they compute."""
+
+    def times(scale: float) -> Callable[..., Tensor]:
+        return lambda module, inputs, output: output * scale
+
+    pairs = zip(model.model.layers, scales, strict=True)
+    handles = [layer.mlp.register_forward_hook(times(scale)) for layer, scale in pairs if scale != 1]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def network_rows(studied: Studied) -> Rows:
+    """Every row of the vocabulary, run in float32: what a table without any rounding would hold.
+
+    Takes 4 * vocab_size * layers * hidden_size bytes. Raises StudyError for a base model.
+    """
+    config = studied.config
+    if not config.has_memory:
+        raise StudyError(f"{studied.name} is a base model: its FFNs read the residual stream and have no rows")
+    embedding = studied.model.model.embed_tokens.weight
+    rows = torch.empty(config.vocab_size, config.num_hidden_layers, config.hidden_size)
+    for start in range(0, config.vocab_size, TOKENS_PER_BATCH):
+        part = slice(start, start + TOKENS_PER_BATCH)
+        for index, layer in enumerate(studied.model.model.layers):
+            rows[part, index] = layer.memory_row(embedding[part])
+    return rows
+
+
+def read_text(studied: Studied, path: Path, tokens: int | None) -> HeldOut:
+    """A text's documents as tokens, each begun by the separator; about `tokens` of them where that is given.
+
+    Of each document the same number is taken, from its middle, where a book is neither title page nor index.
+    Raises DataError for a file that cannot be read.
+    """
+    encoded = [studied.tokenizer.encode(text, add_special_tokens=False).ids for text in read_documents(path)]
+    share = max(map(len, encoded), default=0) if tokens is None else max(1, tokens // max(1, len(encoded)))
+    parts = [ids[max(0, len(ids) - share) // 2 :][:share] for ids in encoded]
+    # In byte-level BPE a token's name has one letter for each of its bytes.
+    size = sum(len(studied.tokenizer.id_to_token(token) or "") for ids in parts for token in ids)
+    return HeldOut(tuple(np.array([studied.separator, *ids], np.int32) for ids in parts), size)
+
+
+def rectangles(sequences: Iterable[Tokens], values: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Sequences of equal length together, since a batch is a rectangle: where they were in the order given, and int64
+    [n, length] of at most `values` tokens (at least one sequence)."""
+    by_length: dict[int, list[tuple[int, Tokens]]] = {}
+    for index, sequence in enumerate(sequences):
+        by_length.setdefault(len(sequence), []).append((index, sequence))
+    for length, group in sorted(by_length.items()):
+        size = max(1, values // length)
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            yield [index for index, _ in part], torch.from_numpy(np.stack([sequence for _, sequence in part])).long()
+
+
+def batch_values(config: ModelConfig) -> int:
+    """Tokens in a batch whose logits are all held: 8,192 at a vocabulary of 8,192, 523 at 128,256."""
+    return LOGITS // config.vocab_size
+
+
+@torch.inference_mode()
+def loss_of(studied: Studied, text: HeldOut, length: int, rows: Rows | None = None, scale: Scale = 1.0) -> Loss:
+    """Mean loss over windows of `length` tokens of a text that was read. Raises StudyError, DataError for an empty
+    text."""
+    if not 1 <= length <= studied.config.max_position_embeddings:
+        raise StudyError(f"--length {length}: {studied.name} takes 1 to {studied.config.max_position_embeddings}")
+    forward, nats, tokens = Forward(studied, rows, scale), 0.0, 0
+    cut = (window for document in text.documents for window in windows(document, length))
+    for _, sample in rectangles(cut, batch_values(studied.config)):
+        logits, targets = forward(sample[:, :-1]), sample[:, 1:]
+        nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        tokens += targets.numel()
+    if not tokens:
+        raise DataError("the text is empty: there is no token to predict")
+    return Loss(nats / tokens, nats / math.log(2) / text.text_bytes, tokens)
+
+
+def perplexity(
+    studied: Studied,
+    text: Path,
+    *,
+    tokens: int | None,
+    length: int = 1024,
+    rows: Rows | None = None,
+    scale: Scale = 1.0,
+) -> Loss:
+    """Mean loss on a text (read_text), in windows of `length` tokens or the model's context where that is shorter.
+
+    Perplexity is `perplexity_of(loss)`. Raises StudyError, DataError.
+    """
+    return loss_of(
+        studied, read_text(studied, text, tokens), min(length, studied.config.max_position_embeddings), rows, scale
+    )
+
+
+def perplexity_of(loss: Loss) -> float:
+    """exp of the mean loss per token: only models with one tokenizer can be compared by it."""
+    return math.exp(loss.nats_per_token)
