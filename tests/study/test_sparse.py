@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tiny import random_model, tiny_config
 from tolserve.study.params import count_parameters
-from tolserve.study.sparse import PruneError, active_parameters, prune, share_to_keep, sparsegpt, wanda
+from tolserve.study.report import StudyError
+from tolserve.study.sparse import active_parameters, prune, share_to_keep, sparsegpt, wanda
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.floats(0.01, 1.0), st.integers(0, 99))
@@ -119,5 +120,5 @@ def test_layers_are_pruned_on_what_the_pruned_layers_below_hand_up() -> None:
 
 @pytest.mark.parametrize("active", [0, 100, 10**9])
 def test_a_count_that_pruning_cannot_reach_is_refused(active: int) -> None:
-    with pytest.raises(PruneError, match="cannot be pruned"):
+    with pytest.raises(StudyError, match="cannot be pruned"):
         share_to_keep(random_model(tiny_config("base")), active)

@@ -1,5 +1,8 @@
 """Coefficients against the networks and float64; neighbours, clusters and cells against an obvious search."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +13,10 @@ from tokenizers import Tokenizer
 from reference import Reference, silu, weights_of
 from tiny import random_model, tiny_config
 from tolserve.model.checkpoint import load_transformer
+from tolserve.model.config import ModelConfig
 from tolserve.settings import DEMO_MODEL
 from tolserve.study import tkv
+from tolserve.study.report import StudyError, write
 
 VOCABULARY = 300
 
@@ -103,7 +108,7 @@ def test_clusters_are_found_largest_first_and_most_central_first() -> None:
         distances = np.linalg.norm(points[central] - points[members].mean(axis=0), axis=1)
         assert (np.diff(distances) >= -1e-6).all()
     assert tkv.clustering_coefficient(points, found.labels, 5) == 1.0
-    with pytest.raises(tkv.TkvError, match="sample has 60"):
+    with pytest.raises(StudyError, match="sample has 60"):
         tkv.find_clusters(points, 61, seed=0)
 
 
@@ -146,7 +151,7 @@ def test_a_cell_is_read_through_final_norm_and_head(tied: bool) -> None:
         asked = c[:, cell.cell]
         assert [token for token, _ in cell.excited_by] == asked.abs().argsort(descending=True)[:5].tolist()
         assert all(number == pytest.approx(float(asked[token])) for token, number in cell.excited_by)
-    with pytest.raises(tkv.TkvError, match="cells 0 to 47"):
+    with pytest.raises(StudyError, match="cells 0 to 47"):
         tkv.read_cells(model, 0, [48], 5)
 
 
@@ -164,7 +169,46 @@ def test_tokens_are_named_by_their_text(tokenizer: Tokenizer) -> None:
         assert text
         assert "\ufffd" not in text
     assert tkv.token_text(tokenizer, tkv.token_of(tokenizer, "e")) == "e"
-    with pytest.raises(tkv.TkvError, match="tokens \\('.*give one"):
+    with pytest.raises(StudyError, match="tokens \\('.*give one"):
         tkv.token_of(tokenizer, "e xyz")
-    with pytest.raises(tkv.TkvError, match="none"):
+    with pytest.raises(StudyError, match="none"):
         tkv.token_of(tokenizer, "")
+
+
+def test_the_study_says_what_its_parts_say(tmp_path: Path, tiny_model_dir: Path, tokenizer: Tokenizer) -> None:
+    options = {"layer": 1, "clusters": 5, "tokens": ["e", "T"], "cells": [3, 0], "sample": 200, "projection": "pca"}
+    study = tkv.run(tiny_model_dir, **options)
+    model = load_transformer(tiny_model_dir, with_memory=True, dtype=torch.float32)
+    ids = tkv.sample_tokens(model.config.vocab_size, 200, 0)
+    assert [row["layer"] for row in study.rows] == [0, 1]
+    for row in study.rows:
+        c = tkv.sampled_coefficients(model, row["layer"], ids)
+        points = tkv.unit(c)
+        labels = tkv.find_clusters(points, 5, 0).labels
+        assert row["outliers_per_token"] == tkv.outliers_per_token(c)
+        assert row["clustering"] == tkv.clustering_coefficient(points, labels)
+    assert study.extra["projection"]["clusters"] == labels.tolist()  # of layer 1
+    assert sum(cluster["size"] for cluster in study.extra["clusters"]) == len(ids)
+    assert [found["token"] for found in study.extra["neighbours"]] == ["e", "T"]
+    _, near = tkv.nearest_tokens(model, 1, torch.tensor([tokenizer.token_to_id("e")]), 1)
+    assert study.extra["neighbours"][0]["nearest"][0][0] == tkv.token_text(tokenizer, int(near[0, 0]))
+    assert [(cell["layer"], cell["cell"]) for cell in study.extra["cells"]] == [(1, 3), (1, 0)]
+    paths = write(study, tmp_path, lambda figure: tkv.draw(study, figure))
+    assert [path.name for path in paths] == ["tkv.json", "tkv.md", "tkv.png"]
+    again = tkv.run(tiny_model_dir, **options)
+    assert (again.rows, again.extra) == (study.rows, study.extra)
+
+
+def test_without_cells_the_strongest_are_read(tiny_model_dir: Path) -> None:
+    study = tkv.run(tiny_model_dir, clusters=2, projection="pca")
+    assert len(study.extra["cells"]) == tkv.SHOWN
+    assert study.extra["neighbours"] == []
+
+
+def test_what_a_model_cannot_be_asked_is_refused(
+    tiny_model_dir: Path, model_dir_of: Callable[[ModelConfig], Path]
+) -> None:
+    with pytest.raises(StudyError, match="layers 0 to 1"):
+        tkv.run(tiny_model_dir, layer=2)
+    with pytest.raises(StudyError, match="base model"):
+        tkv.run(model_dir_of(tiny_config("base")))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tolserve.model.blocks import Attend, Layer, rotary_tables
 from tolserve.model.transformer import Transformer, causal_attention, no_rows
+from tolserve.study.report import StudyError
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 
@@ -23,10 +24,6 @@ _BLOCK = 128
 _DAMPING = 0.01
 
 
-class PruneError(ValueError):
-    """A model that cannot be pruned as asked; the message says what to change."""
-
-
 def active_parameters(model: Transformer) -> int:
     """Weights of a forward pass that are not zero, embedding and head left out, memory networks too."""
     left_out = ("model.embed_tokens.", "lm_head.")
@@ -35,13 +32,13 @@ def active_parameters(model: Transformer) -> int:
 
 
 def share_to_keep(model: Transformer, active: int) -> float:
-    """Share of each matrix's weights that stays, so that `active` of all stay. Raises PruneError."""
+    """Share of each matrix's weights that stays, so that `active` of all stay. Raises StudyError."""
     linears = [linear for layer in model.model.layers for linear in _linears(layer)]
     matrices = sum(linear.weight.numel() for linear in linears)
     whole = active_parameters(model)
     share = (active - (whole - matrices)) / matrices
     if not 0 < share <= 1:
-        raise PruneError(f"the base model has {whole:,} active parameters; it cannot be pruned to {active:,}")
+        raise StudyError(f"the base model has {whole:,} active parameters; it cannot be pruned to {active:,}")
     return share
 
 

@@ -8,9 +8,10 @@ The paper gives no formula for its clustering coefficient or its outliers. Ours 
 `outliers_per_token`, and likeness of two tokens is always the cosine of their coefficients.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tolserve.model.transformer import Transformer
+from tolserve.study.evaluate import Studied, load
+from tolserve.study.report import Study, StudyError, provenance, require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -32,14 +38,12 @@ CHUNK = 4096
 NEIGHBOURS = 10
 # A normal variable is beyond 6 standard deviations twice in 10^9, so none of a million cells would be by chance.
 OUTLIER_SIGMAS = 6.0
+# Tokens that a cluster, a token's neighbourhood or a cell is shown by.
+SHOWN = 12
 # Shuffled coefficients have no clusters to converge to.
 K_MEANS_ROUNDS = 100
 # t-SNE searches neighbours in all columns; the 50 main directions are what its authors advise to give it.
 TSNE_INPUTS = 50
-
-
-class TkvError(ValueError):
-    """A question that the model cannot be asked; the message says what to change."""
 
 
 def coefficients(model: Transformer, layer: int, tokens: Tensor) -> Tensor:
@@ -116,11 +120,11 @@ class Clusters:
 
 
 def find_clusters(points: Floats, clusters: int, seed: int) -> Clusters:
-    """K-means on points [n, K] of unit length; the largest cluster is number 0. Raises TkvError for too many."""
+    """K-means on points [n, K] of unit length; the largest cluster is number 0. Raises StudyError for too many."""
     from sklearn.cluster import KMeans
 
     if clusters > len(points):
-        raise TkvError(f"--clusters {clusters}: the sample has {len(points)} tokens")
+        raise StudyError(f"--clusters {clusters}: the sample has {len(points)} tokens")
     means = KMeans(clusters, n_init=1, max_iter=K_MEANS_ROUNDS, random_state=seed).fit(points)
     order = np.argsort(-np.bincount(means.labels_, minlength=clusters), kind="stable")
     labels = np.argsort(order)[means.labels_]
@@ -178,10 +182,10 @@ class Cell:
 
 
 def read_cells(model: Transformer, layer: int, cells: list[int], count: int) -> list[Cell]:
-    """What cells say and who asks them. Raises TkvError for a cell that the layer does not have."""
+    """What cells say and who asks them. Raises StudyError for a cell that the layer does not have."""
     width = model.config.intermediate_size
     if wrong := [cell for cell in cells if not 0 <= cell < width]:
-        raise TkvError(f"--cells {wrong[0]}: the layers have cells 0 to {width - 1}")
+        raise StudyError(f"--cells {wrong[0]}: the layers have cells 0 to {width - 1}")
     logits = model.logits(values(model, layer)[cells] * model.model.norm.weight)
     asked = torch.cat([coefficients(model, layer, part)[:, cells] for part in vocabulary_chunks(model)]).T
     read = []
@@ -206,9 +210,106 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def token_of(tokenizer: Tokenizer, text: str) -> int:
-    """The id of a text that is one token. Raises TkvError that says what the text splits into."""
+    """The id of a text that is one token. Raises StudyError that says what the text splits into."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) == 1:
         return int(ids[0])
     parts = ", ".join(repr(token_text(tokenizer, token)) for token in ids)
-    raise TkvError(f"--tokens {text!r} is {len(ids)} tokens ({parts or 'none'}); give one, often ' {text}'")
+    raise StudyError(f"--tokens {text!r} is {len(ids)} tokens ({parts or 'none'}); give one, often ' {text}'")
+
+
+def run(
+    model: Path,
+    *,
+    layer: int = 0,
+    clusters: int = 32,
+    tokens: Sequence[str] = (),
+    cells: Sequence[int] = (),
+    sample: int = 4096,
+    projection: Projection = "tsne",
+    seed: int = 0,
+) -> Study:
+    """Every layer's clustering and outliers; and of one `layer` its clusters, the neighbours of `tokens`, and `cells`,
+    or the strongest ones where none are named.
+
+    `sample` tokens stand for the vocabulary in clusters, projection and the figures per layer, and bound what is held:
+    4 * sample * K bytes, three times. Neighbours and what excites a cell are searched in the whole vocabulary.
+    Raises StudyError, ConfigError, CheckpointError.
+    """
+    require("sklearn")
+    studied = load(model)
+    if not studied.config.has_memory:
+        raise StudyError(f"{model} is a base model: its FFNs read the residual stream, so no token has coefficients")
+    if not 0 <= layer < studied.config.num_hidden_layers:
+        raise StudyError(f"--layer {layer}: the model has layers 0 to {studied.config.num_hidden_layers - 1}")
+    network = studied.model
+    asked = torch.tensor([token_of(studied.tokenizer, text) for text in tokens], dtype=torch.int64)
+    ids = sample_tokens(studied.config.vocab_size, sample, seed)
+    rows = [_layer_figures(network, index, ids, clusters, seed) for index in range(studied.config.num_hidden_layers)]
+    c = sampled_coefficients(network, layer, ids)
+    points = unit(c)
+    found = find_clusters(points, clusters, seed)
+    chosen = list(cells) or strongest_cells(network, layer, c, SHOWN)
+    extra = {
+        "layer": layer,
+        "clusters": _named_clusters(studied.tokenizer, ids, found),
+        "neighbours": _named_neighbours(studied, layer, asked) if len(asked) else [],
+        "cells": [_named_cell(studied.tokenizer, cell) for cell in read_cells(network, layer, chosen, SHOWN)],
+        "projection": {
+            "method": projection,
+            "tokens": ids.tolist(),
+            "places": project(points, projection, seed).round(3).tolist(),
+            "clusters": found.labels.tolist(),
+        },
+    }
+    chose = {"sample": len(ids), "clusters": clusters, "neighbours": NEIGHBOURS, "outlier_sigmas": OUTLIER_SIGMAS}
+    return Study("tkv", studied.facts() | chose | provenance(seed), rows, extra)
+
+
+def _layer_figures(model: Transformer, layer: int, ids: Tensor, clusters: int, seed: int) -> dict[str, Any]:
+    c = sampled_coefficients(model, layer, ids)
+    real, dealt = unit(c), unit(shuffled(c, seed))
+    of_real, of_dealt = (clustering_coefficient(of, find_clusters(of, clusters, seed).labels) for of in (real, dealt))
+    outliers = outliers_per_token(c)
+    return {"layer": layer, "clustering": of_real, "clustering_shuffled": of_dealt, "outliers_per_token": outliers}
+
+
+def _named_clusters(tokenizer: Tokenizer, ids: Tensor, found: Clusters) -> list[dict[str, Any]]:
+    shown = ([token_text(tokenizer, int(ids[at])) for at in central[:SHOWN]] for central in found.central)
+    return [{"size": len(at), "central": texts} for at, texts in zip(found.central, shown, strict=True)]
+
+
+def _named_neighbours(studied: Studied, layer: int, asked: Tensor) -> list[dict[str, Any]]:
+    named = []
+    for token, cosines, ids in zip(asked, *nearest_tokens(studied.model, layer, asked, SHOWN), strict=True):
+        near = [(token_text(studied.tokenizer, int(t)), float(cosine)) for t, cosine in zip(ids, cosines, strict=True)]
+        named.append({"token": token_text(studied.tokenizer, int(token)), "nearest": near})
+    return named
+
+
+def _named_cell(tokenizer: Tokenizer, cell: Cell) -> dict[str, Any]:
+    read = asdict(cell)
+    for key in ("promotes", "suppresses", "excited_by"):
+        read[key] = [(token_text(tokenizer, token), number) for token, number in read[key]]
+    return read
+
+
+def draw(study: Study, figure: "Figure") -> None:
+    """The projection coloured by cluster, each named by their most central token; clustering and outliers
+    by layer."""
+    figure.set_size_inches(15, 5)
+    placed, clustering, outliers = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    projection = study.extra["projection"]
+    places, labels = np.array(projection["places"]), np.array(projection["clusters"])
+    placed.scatter(*places.T, c=labels, s=3, cmap="gist_ncar")
+    for label, cluster in enumerate(study.extra["clusters"]):
+        name = ascii(cluster["central"][0])  # a font has not every script's letters; and "$" would begin a formula
+        placed.annotate(name, np.median(places[labels == label], axis=0), fontsize=7, parse_math=False)
+    placed.set(xticks=[], yticks=[], title=f"layer {study.extra['layer']}, {projection['method']}")
+    layers = [row["layer"] for row in study.rows]
+    clustering.plot(layers, [row["clustering"] for row in study.rows], marker="o", label="as it is")
+    clustering.plot(layers, [row["clustering_shuffled"] for row in study.rows], marker="o", label="cells shuffled")
+    clustering.set(xlabel="layer", title="neighbours in one cluster", ylim=(0, 1))
+    clustering.legend()
+    outliers.plot(layers, [row["outliers_per_token"] for row in study.rows], marker="o")
+    outliers.set(xlabel="layer", title="outliers per token", ylim=(0, None))
