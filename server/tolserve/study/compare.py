@@ -1,0 +1,226 @@
+"""Base, flex and memory trained with one recipe (paper Table 2, Fig. 9 and 10): at equal total parameters, and memory
+beside a base model of as many active ones.
+
+Each run has a folder of its own, NAME-sSEED; one that is finished is taken as it is, one that was stopped goes on.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from tolserve.model.config import ModelConfig
+from tolserve.model.presets import VARIANTS
+from tolserve.study.blimp import blimp
+from tolserve.study.evaluate import load
+from tolserve.study.params import count_parameters
+from tolserve.study.report import Study, StudyError, provenance
+from tolserve.train.loop import Recipe, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# As many active parameters as `memory`, all of them computed.
+SMALL = "base-small"
+# By rising held-out loss, as the paper found it: Table 2, Fig. 9 and 10.
+PAPER_ORDER = (*VARIANTS, SMALL)
+# Seeds of each that the report asks for: base and memory show the spread.
+DEFAULT_SEEDS = {name: 3 if name in ("base", "memory") else 1 for name in PAPER_ORDER}
+# Intermediate sizes are multiples of 8, as the paper's are.
+_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all variants share but for `base-small`, which has its own width."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    vocab_size: int
+
+
+def variant_config(name: str, shape: Shape, length: int) -> ModelConfig:
+    """A variant at a shape. FFNs of base and memory have 8 d^2 parameters, K rounded up to a multiple of 8; FFN-M of
+    flex has (8 - beta) / 8 of that K. Raises StudyError for an unknown name, ConfigError for a shape that cannot be."""
+    if name not in PAPER_ORDER:
+        raise StudyError(f"{name!r} is no variant; there are {', '.join(PAPER_ORDER)}")
+    variant, beta = VARIANTS.get(name, VARIANTS["base"])
+    whole = math.ceil(8 * shape.hidden_size / 3 / _MULTIPLE) * _MULTIPLE
+    config = ModelConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=whole * (8 - beta) // 8,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        ffn_variant=variant,
+        flex_beta=beta,
+        max_position_embeddings=length,
+    )
+    return _small(config) if name == SMALL else config
+
+
+def _small(base: ModelConfig) -> ModelConfig:
+    """A base model with the active parameters of a memory model of `base`'s shape.
+
+    12 d^2 N parameters give the width, rounded down to what the heads can share; K makes up the difference.
+    """
+    wanted = count_parameters(replace(base, ffn_variant="memory")).active
+    layers, unit = base.num_hidden_layers, 2 * base.num_attention_heads
+    size = int(math.sqrt(wanted / (12 * layers))) // unit * unit
+    if size < unit:
+        raise StudyError(f"{SMALL} would be narrower than {unit}; give --hidden-size more, or leave it out")
+    narrow = replace(base, hidden_size=size, intermediate_size=_MULTIPLE)
+    per_cell = 3 * size * layers
+    missing = wanted - count_parameters(narrow).active
+    return replace(narrow, intermediate_size=_MULTIPLE + round(missing / per_cell / _MULTIPLE) * _MULTIPLE)
+
+
+def folder_name(name: str, seed: int) -> str:
+    return f"{name.replace('flex-', 'flex')}-s{seed}"
+
+
+def planned(seeds: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Variant and seed of each run, the first seed of every variant before any second one."""
+    runs = [(seed, name) for name, count in seeds.items() for seed in range(count)]
+    return [(name, seed) for seed, name in sorted(runs, key=lambda run: run[0])]
+
+
+def train_run(folder: Path, config: ModelConfig, recipe: Recipe, save_every: int) -> None:
+    """Train one run, go on with it, or leave it as it is when it is finished.
+
+    Raises TrainError or StudyError for a folder that holds another recipe.
+    """
+    if not (folder / "figures.json").exists():
+        run = Run(folder, config, recipe)
+        run.train(save_every)
+        run.finish()
+        return
+    path = folder / "recipe.json"
+    kept = json.loads(path.read_text())
+    # A recipe that lacks a field was written before there was one, and means its default.
+    given = Recipe(**kept["recipe"] | {"data": tuple(kept["recipe"]["data"])})
+    if (ModelConfig(**kept["shape"]), given) != (config, recipe):
+        raise StudyError(f"{path} holds another recipe; give --out a new folder, or the options of that one")
+
+
+def measure(folder: Path, name: str, seed: int, blimp_zip: Path | None, pairs: int) -> dict[str, Any]:
+    """Figures of a finished run: held-out loss as its training left it, parameters, BLiMP, the training curve.
+
+    Raises StudyError for one that was trained without held-out text.
+    """
+    figures = json.loads((folder / "figures.json").read_text())
+    if "held_out" not in figures:
+        raise StudyError(f"{folder / 'figures.json'} has no held-out loss; train it with --held-out")
+    config = ModelConfig.load(folder)
+    count = count_parameters(config)
+    with (folder / "loss.csv").open() as file:
+        curve = [(int(row["tokens"]), float(row["loss"])) for row in csv.DictReader(file)]
+    zeroed = figures.get("held_out_memory_zeroed")
+    accuracies = blimp(load(folder), blimp_zip, pairs_per_paradigm=pairs) if blimp_zip is not None else None
+    return {
+        "variant": name,
+        "seed": seed,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "active": count.active,
+        "total": count.total,
+        "training_tokens": figures["training_tokens"],
+        "bits_per_byte": figures["held_out"]["bits_per_byte"],
+        "perplexity": math.exp(figures["held_out"]["nats_per_token"]),
+        "bits_per_byte_zeroed": zeroed and zeroed["bits_per_byte"],
+        "blimp": accuracies and mean(accuracies.values()),
+        "curve": curve,
+    }
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each variant, means over its seeds; `spread` is the largest bits per byte less the smallest."""
+    rows = []
+    for name in PAPER_ORDER:
+        if not (of := [run for run in runs if run["variant"] == name]):
+            continue
+        bits = [run["bits_per_byte"] for run in of]
+        same = ("variant", "hidden_size", "intermediate_size", "active", "total", "training_tokens")
+        row = {key: of[0][key] for key in same} | {"seeds": len(of), "bits_per_byte": mean(bits)}
+        row["spread"] = max(bits) - min(bits) if len(of) > 1 else None
+        for key in ("perplexity", "bits_per_byte_zeroed", "blimp"):
+            row[key] = mean(run[key] for run in of) if of[0][key] is not None else None
+        rows.append(row)
+    return rows
+
+
+def paper_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each two neighbours in the paper's order: by how many bits per byte the first is ahead of the second.
+
+    `clear` is whether that is beyond twice its standard error, both ways: the deviation over seeds is pooled over
+    all variants that have several, since a variant with one seed has none of its own. None where no variant has.
+    """
+    bits = {name: [run["bits_per_byte"] for run in runs if run["variant"] == name] for name in PAPER_ORDER}
+    several = [of for of in bits.values() if len(of) > 1]
+    freedom = sum(len(of) - 1 for of in several)
+    deviation = math.sqrt(sum(stdev(of) ** 2 * (len(of) - 1) for of in several) / freedom) if freedom else None
+    present = [name for name in PAPER_ORDER if bits[name]]
+    found = []
+    for better, worse in pairwise(present):
+        ahead = mean(bits[worse]) - mean(bits[better])
+        error = deviation and deviation * math.sqrt(1 / len(bits[better]) + 1 / len(bits[worse]))
+        clear = None if error is None else abs(ahead) > 2 * error
+        found.append({"better": better, "worse": worse, "ahead": ahead, "as_the_paper": ahead > 0, "clear": clear})
+    return found
+
+
+def run(
+    seeds: Mapping[str, int],
+    shape: Shape,
+    recipe: Recipe,
+    out: Path,
+    *,
+    save_every: int = 250,
+    blimp_zip: Path | None = None,
+    pairs: int = 100,
+) -> Study:
+    """Train what is not trained yet, and compare. `seeds` says how many runs each variant gets, seeds 0, 1, ...;
+    `recipe`'s own seed does not count. Raises StudyError, TrainError, ConfigError, DataError."""
+    if recipe.held_out is None:
+        raise StudyError("compare needs --held-out, text that no run trains on")
+    runs = planned(seeds)
+    configs = {name: variant_config(name, shape, recipe.length) for name in seeds}
+    for name, seed in runs:
+        train_run(out / folder_name(name, seed), configs[name], replace(recipe, seed=seed), save_every)
+    measured = [measure(out / folder_name(name, seed), name, seed, blimp_zip, pairs) for name, seed in runs]
+    facts = {"shape": vars(shape), "recipe": {key: value for key, value in vars(recipe).items() if key != "seed"}}
+    counted = {"blimp_pairs_per_paradigm": pairs if blimp_zip else None}
+    extra = {"paper_order": paper_order(measured), "runs": measured}
+    return Study("compare", facts | counted | provenance(), summarise(measured), extra)
+
+
+def draw(study: Study, figure: "Figure") -> None:
+    """Held-out loss against active and against total parameters, a point for each run; and the training curves."""
+    figure.set_size_inches(15, 4.5)
+    active, total, curves = figure.subplots(1, 3)
+    _draw_losses(study.extra["runs"], "active", active)
+    _draw_losses(study.extra["runs"], "total", total)
+    for index, row in enumerate(study.rows):
+        first = next(run for run in study.extra["runs"] if run["variant"] == row["variant"])
+        tokens, losses = zip(*first["curve"], strict=True)
+        curves.plot(tokens, losses, color=f"C{index}", label=f"{row['variant']}, seed {first['seed']}", linewidth=1)
+    curves.set(xlabel="training tokens", ylabel="training loss, nats per token", yscale="log")
+    curves.legend()
+
+
+def _draw_losses(runs: Sequence[dict[str, Any]], parameters: str, axes: "Axes") -> None:
+    names = [name for name in PAPER_ORDER if any(run["variant"] == name for run in runs)]
+    for index, name in enumerate(names):
+        of = [run for run in runs if run["variant"] == name]
+        places = [run[parameters] for run in of]
+        axes.plot(places, [run["bits_per_byte"] for run in of], "o", color=f"C{index}", label=name)
+    axes.set(xlabel=f"{parameters} parameters (without embeddings)", ylabel="held-out bits per byte")
+    axes.legend()

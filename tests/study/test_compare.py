@@ -1,0 +1,165 @@
+"""compare: the shapes of the variants, runs that resume and are skipped, and the report's arithmetic."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from tiny import TEXT
+from tolserve.model.presets import SIZES, preset
+from tolserve.study import compare
+from tolserve.study.compare import PAPER_ORDER, SMALL, Shape, folder_name, paper_order, planned, variant_config
+from tolserve.study.params import count_parameters
+from tolserve.study.report import StudyError, write
+from tolserve.train.loop import Recipe, Run, TrainError
+
+SHAPE = Shape(hidden_size=48, layers=2, heads=2, vocab_size=300)
+
+
+def test_intermediate_sizes_follow_the_paper() -> None:
+    for size in SIZES:
+        expected = preset(size, "memory")
+        shape = Shape(expected.hidden_size, 24, expected.num_attention_heads, expected.vocab_size)
+        for variant in ("base", "memory"):
+            assert variant_config(variant, shape, 2048) == replace(preset(size, variant))
+    small = Shape(128, 8, 4, 4096)
+    found = {name: variant_config(name, small, 512).intermediate_size for name in PAPER_ORDER}
+    assert found == {"base": 344, "memory": 344, "flex-1": 301, "flex-2": 258, "flex-3": 215, SMALL: 208}
+    assert variant_config(SMALL, small, 512).hidden_size == 72
+
+
+@given(d=st.integers(3, 40), layers=st.integers(1, 30), heads=st.sampled_from([1, 2, 4]))
+def test_the_variants_have_the_parameters_that_the_comparison_needs(d: int, layers: int, heads: int) -> None:
+    shape = Shape(8 * d * heads, layers, heads, 500)
+    counts = {name: count_parameters(variant_config(name, shape, 64)) for name in PAPER_ORDER}
+    for name in ("flex-1", "flex-2", "flex-3", "memory"):
+        assert counts[name].total == pytest.approx(counts["base"].total, rel=0.02)
+    actives = [counts[name].active for name in ("memory", "flex-1", "flex-2", "flex-3", "base")]
+    assert actives == sorted(actives)
+    assert counts[SMALL].total == counts[SMALL].active
+    cells_of_eight = 8 * 3 * variant_config(SMALL, shape, 64).hidden_size * layers
+    assert abs(counts[SMALL].active - counts["memory"].active) <= cells_of_eight / 2
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(StudyError, match="no variant"):
+        variant_config("flex-4", SHAPE, 64)
+    with pytest.raises(StudyError, match="narrower than 16"):
+        variant_config(SMALL, Shape(16, 2, 8, 300), 64)
+
+
+def test_every_variant_comes_before_any_second_seed() -> None:
+    assert planned({"base": 2, "memory": 3, "flex-1": 1}) == [
+        ("base", 0),
+        ("memory", 0),
+        ("flex-1", 0),
+        ("base", 1),
+        ("memory", 1),
+        ("memory", 2),
+    ]
+    assert [folder_name(name, 0) for name in ("base", "flex-1", SMALL)] == ["base-s0", "flex1-s0", "base-small-s0"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Recipe:
+    folder = tmp_path_factory.mktemp("text")
+    for name, times in (("train", 20), ("unseen", 2)):
+        (folder / f"{name}.txt").write_text(TEXT * times)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"held_out": str(folder / "unseen.txt"), "tokenizer": str(folder / "tokenizer.json")}
+    rates = {"warmup": 2, "peak_lr": 1e-2, "min_lr": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95}
+    size = {"batch": 2, "length": 24, "steps": 6, "z_loss": 1e-6, "clip": 1.0, "seed": 99}
+    return Recipe(data=(str(folder / "train.txt"),), **names, **rates, **size)
+
+
+@pytest.fixture(scope="module")
+def shape(tokenizer: Tokenizer) -> Shape:
+    return replace(SHAPE, vocab_size=tokenizer.get_vocab_size())
+
+
+def test_runs_are_trained_resumed_and_skipped(
+    tmp_path: Path, shape: Shape, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study that is stopped and started again ends where one that was not ends, without training anything twice."""
+    seeds = {"base": 2, "memory": 1, SMALL: 1}
+    whole = compare.run(seeds, shape, recipe, tmp_path / "whole", save_every=2)
+    steps: list[str] = []
+    train_step = Run.train_step
+
+    def counted(run: Run, batch: Any) -> float:
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+        steps.append(run.out.name)
+        return train_step(run, batch)
+
+    monkeypatch.setattr(Run, "train_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(seeds, shape, recipe, tmp_path / "stopped", save_every=2)
+    steps.clear()
+    monkeypatch.setattr(Run, "train_step", lambda run, batch: steps.append(run.out.name) or train_step(run, batch))
+    again = compare.run(seeds, shape, recipe, tmp_path / "stopped", save_every=2)
+    expected = ["memory-s0"] * 4 + ["base-small-s0"] * 6 + ["base-s1"] * 6  # memory was stopped behind step 3 of 6
+    assert steps == expected
+    assert again.rows == whole.rows
+    assert [run["bits_per_byte"] for run in again.extra["runs"]] == [
+        run["bits_per_byte"] for run in whole.extra["runs"]
+    ]
+    steps.clear()
+    third = compare.run(seeds, shape, recipe, tmp_path / "stopped", save_every=2)
+    assert (steps, third.rows) == ([], whole.rows)
+    with pytest.raises(StudyError, match="another recipe"):
+        compare.run(seeds, shape, replace(recipe, steps=7), tmp_path / "stopped", save_every=2)
+    (tmp_path / "stopped" / "base-s0" / "figures.json").unlink()
+    with pytest.raises(TrainError, match="another recipe"):
+        compare.run(seeds, shape, replace(recipe, steps=7), tmp_path / "stopped", save_every=2)
+
+
+def test_the_report_holds_what_training_left(tmp_path: Path, shape: Shape, recipe: Recipe) -> None:
+    study = compare.run({"memory": 2, "base": 1}, shape, recipe, tmp_path)
+    assert [row["variant"] for row in study.rows] == ["base", "memory"]
+    base, memory = study.rows
+    figures = [json.loads((tmp_path / f"memory-s{seed}" / "figures.json").read_text()) for seed in (0, 1)]
+    bits = [f["held_out"]["bits_per_byte"] for f in figures]
+    assert (memory["bits_per_byte"], memory["spread"]) == (np.mean(bits), max(bits) - min(bits))
+    assert memory["spread"] > 0
+    assert memory["bits_per_byte_zeroed"] == np.mean([f["held_out_memory_zeroed"]["bits_per_byte"] for f in figures])
+    assert memory["perplexity"] == np.mean([math.exp(f["held_out"]["nats_per_token"]) for f in figures])
+    assert (base["spread"], base["bits_per_byte_zeroed"], base["blimp"]) == (None, None, None)
+    assert base["total"] == base["active"] > memory["active"]
+    assert study.extra["runs"][0]["curve"][-1][0] == recipe.steps * recipe.batch * recipe.length
+    written = write(study, tmp_path, lambda figure: compare.draw(study, figure))
+    assert [path.name for path in written] == ["compare.json", "compare.md", "compare.png"]
+    assert json.loads(written[0].read_text())["rows"] == study.rows
+
+
+def runs_of(bits: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [{"variant": name, "bits_per_byte": value} for name, of in bits.items() for value in of]
+
+
+def test_the_papers_order_is_told_with_its_spread() -> None:
+    """Deviations sqrt(2)/100 and 0 over 2 + 2 seeds pool to 0.01; the error of a single against two is 0.01225."""
+    found = paper_order(runs_of({SMALL: [1.41], "memory": [1.40, 1.42], "base": [1.3, 1.3], "flex-1": [1.39]}))
+    assert [(pair["better"], pair["worse"]) for pair in found] == [
+        ("base", "flex-1"),
+        ("flex-1", "memory"),
+        ("memory", SMALL),
+    ]
+    assert [round(pair["ahead"], 6) for pair in found] == [0.09, 0.02, 0.0]
+    assert [pair["as_the_paper"] for pair in found][:2] == [True, True]
+    assert [pair["clear"] for pair in found] == [True, False, False]
+    turned = paper_order(runs_of({"base": [1.4, 1.41], "memory": [1.2]}))
+    assert [(pair["as_the_paper"], pair["clear"]) for pair in turned] == [(False, True)]
+    assert paper_order(runs_of({"base": [1.4], "memory": [1.2]}))[0]["clear"] is None
+
+
+def test_held_out_text_is_needed(tmp_path: Path, shape: Shape, recipe: Recipe) -> None:
+    with pytest.raises(StudyError, match="--held-out"):
+        compare.run({"base": 1}, shape, replace(recipe, held_out=None), tmp_path)
+    assert not list(tmp_path.iterdir())
