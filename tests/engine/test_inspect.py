@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from engine.driver import OpenEngine, request, serve
 from tiny import tiny_config
-from tol.tables import value
+from tol.tables import flip_byte, value
 from tolserve.engine.assemble import find_table
 from tolserve.engine.config import EngineSettings
 from tolserve.engine.inspect import inspect_table, look_up
@@ -154,11 +154,7 @@ def test_an_empty_cache_compares_with_nothing(engine_of: OpenEngine) -> None:
 def test_a_record_that_cannot_be_read_is_an_error(tiny_model_dir: Path, engine_of: OpenEngine, tmp_path: Path) -> None:
     table = tmp_path / "table"
     build_table(tiny_model_dir, table)
-    shard = next(table.glob("records-*"))
-    data = bytearray(shard.read_bytes())
-    opened = Table.open(table)
-    data[opened.locate(33)[1] + 5] ^= 1
-    shard.write_bytes(data)
+    flip_byte(Table.open(table), 33)
     with engine_of(device_cache="16", table=str(table)) as engine:
         with pytest.raises(RecordError, match="checksum"):
             look_up(engine.runner, 33, None, 3)

@@ -5,10 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tolserve.engine.look import Attribution, Frequency, RowView, Scored, TokenView
 from tolserve.engine.messages import (
     Abort,
+    AskAttribution,
     AskCache,
     AskMetrics,
+    AskToken,
+    Attributed,
     Declined,
     FromEngine,
     Heartbeat,
@@ -23,6 +27,7 @@ from tolserve.engine.messages import (
     Resized,
     Submit,
     ToEngine,
+    TokenSeen,
     decode_from_engine,
     decode_to_engine,
     encode,
@@ -78,8 +83,24 @@ metrics = st.builds(
 )
 tiers = st.builds(TierSize, counts, counts)
 sizes = st.builds(CacheSizes, tiers, tiers)
-declined = st.builds(Declined, st.sampled_from(["invalid", "memory", "conflict"]), st.text())
+declined = st.builds(Declined, st.sampled_from(["invalid", "memory", "busy", "conflict", "table"]), st.text())
 facts = st.dictionaries(ids, st.one_of(st.none(), counts, ids, st.lists(counts, max_size=3)), max_size=3)
+numbers = st.lists(counts, max_size=3)
+scored = st.lists(st.builds(Scored, tokens, floats), max_size=3)
+rows = st.builds(RowView, counts, floats, st.one_of(st.none(), floats), scored, scored, scored)
+frequencies = st.builds(Frequency, counts, floats, counts)
+views = st.builds(
+    TokenView,
+    tokens,
+    st.sampled_from([None, "device", "host", "disk"]),
+    st.one_of(st.none(), frequencies),
+    counts,
+    st.lists(rows, max_size=2),
+)
+column = st.lists(floats, max_size=3)
+matrix = st.lists(column, max_size=3)
+parts = st.one_of(st.none(), matrix)
+attributions = st.builds(Attribution, numbers, column, column, matrix, parts, parts)
 to_engine: st.SearchStrategy[ToEngine] = st.one_of(
     st.builds(Submit, requests),
     st.builds(Abort, ids),
@@ -88,6 +109,8 @@ to_engine: st.SearchStrategy[ToEngine] = st.one_of(
     st.builds(AskCache, counts),
     st.builds(Resize, st.one_of(st.none(), ids), st.one_of(st.none(), ids)),
     st.just(Reopen()),
+    st.builds(AskToken, tokens, st.one_of(st.none(), numbers), counts),
+    st.builds(AskAttribution, requests, st.one_of(st.none(), numbers), st.one_of(st.none(), tokens)),
 )
 from_engine: st.SearchStrategy[FromEngine] = st.one_of(
     st.builds(Ready, counts, counts, st.one_of(st.none(), ids), st.one_of(st.none(), ids)),
@@ -97,6 +120,8 @@ from_engine: st.SearchStrategy[FromEngine] = st.one_of(
     st.builds(Heartbeat, floats),
     st.builds(Resized, st.one_of(st.none(), sizes), st.one_of(st.none(), declined)),
     st.builds(Reopened, st.one_of(st.none(), facts), st.one_of(st.none(), declined)),
+    st.builds(TokenSeen, st.one_of(st.none(), views), st.one_of(st.none(), declined)),
+    st.builds(Attributed, st.one_of(st.none(), attributions), st.one_of(st.none(), declined)),
 )
 
 
