@@ -142,7 +142,7 @@ def test_a_dead_engine_is_named(start_server: Start) -> None:
     running = start_server().wait_ready()
     with running.http() as client:
         os.kill(engine_of(running), signal.SIGKILL)
-        eventually("the death is seen", lambda: client.get("/health").status_code == 503)
+        eventually(lambda: client.get("/health").status_code == 503, "the death is seen")
         asked = {"model": "tiny", "prompt": [5]}
         for answer in (client.get("/v1/memory/tokens/5"), client.post("/v1/memory/attribution", json=asked)):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")

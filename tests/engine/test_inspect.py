@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from engine.driver import OpenEngine, request, serve
 from tiny import tiny_config
 from tol.tables import flip_byte, value
+from tolserve.engine import inspect
 from tolserve.engine.assemble import find_table
 from tolserve.engine.config import EngineSettings
 from tolserve.engine.inspect import inspect_table, look_up
@@ -76,7 +77,10 @@ def look_offline(settings: EngineSettings, token: int, **changes: object) -> Tok
 
 
 @pytest.mark.parametrize("token", [0, 7, VOCAB - 1])
-def test_a_record_is_read_beside_the_whole_table(settings: EngineSettings, rows: Rows, token: int) -> None:
+def test_a_record_is_read_beside_the_whole_table(
+    settings: EngineSettings, rows: Rows, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "_VALUES_AT_ONCE", 256 * 32 + 31)
     seen: list[tuple[int, int]] = []
     view = look_offline(settings, token, progress=lambda done, total: seen.append((done, total)))
     assert [row.layer for row in view.layers] == [0, 1]
@@ -119,9 +123,10 @@ def test_what_cannot_be_asked_is_refused(
 
 @pytest.mark.parametrize("options", [{}, {"host_cache": "40"}, {"host_cache": "100%"}])
 def test_a_look_disturbs_nothing_and_names_the_tier(
-    engine_of: OpenEngine, tiny_model_dir: Path, rows: Rows, options: dict[str, str]
+    engine_of: OpenEngine, tiny_model_dir: Path, rows: Rows, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of records in every tier: the same counters, the same order of eviction, the same records as before."""
+    monkeypatch.setattr(inspect, "_VALUES_AT_ONCE", 7 * 32)
     with engine_of(device_cache="16", tol_policy="lru", **options) as engine:
         pager = engine.pager
         assert pager is not None

@@ -27,8 +27,8 @@ from tolserve.tol.view import Tier
 
 # Records of the device tier that a server compares with, those evicted last. At the 1B shape that is 403 MB to read.
 MAX_COMPARED = 4096
-# Decoded at once: of 2,048 values as float32, twice, they are 4 MiB, which a core's caches hold.
-_RECORDS_AT_ONCE = 256
+# Of a layer, decoded at once: 4 MiB as float32. Fewer make more calls, each of which wakes the compute threads.
+_VALUES_AT_ONCE = 1 << 20
 # Below any row's mean square. A row of zeros is like no other, instead of being divided by zero.
 _TINY = 1e-30
 
@@ -47,16 +47,19 @@ class Records:
         data = torch.from_numpy(records)
         return cls(tokens, [(data, torch.arange(len(data)), 0)] * len(manifest.groups))
 
-    def rows(self, layer: int, manifest: Manifest, factors: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+    def zeros(self, manifest: Manifest) -> Tensor:
+        """[n, d] float32, where the records lie; `rows` adds to them."""
+        return torch.zeros(len(self.tokens), manifest.hidden_size, device=self.groups[0][0].device)
+
+    def rows(self, layer: int, manifest: Manifest, factors: dict[int, Tensor], zeros: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's rows float32 [n, d], and the same with a root mean square of 1; a row of zeros stays zero."""
         group, row = manifest.row_layout(layer)
         data, slots, base = self.groups[group]
-        stream = torch.zeros(len(slots), manifest.hidden_size, device=data.device)
         factor = factors.get(layer)
         return add_rows(
             data,
             slots,
-            stream,
+            zeros,
             torch.ones(manifest.hidden_size, device=data.device),
             _TINY,
             offset=manifest.groups[group].offset - base + row.offset,
@@ -100,7 +103,8 @@ class Reader:
         """
         chosen = rows_of(self.manifest, layers)
         own = Records.whole([token], np.array(record)[None], self.manifest)
-        pairs = [own.rows(layer, self.manifest, self.factors) for layer in chosen]
+        zeros = own.zeros(self.manifest)
+        pairs = [own.rows(layer, self.manifest, self.factors, zeros) for layer in chosen]
         rows = torch.cat([row for row, _ in pairs]).to(self.model.device)
         units = torch.cat([unit for _, unit in pairs]).to(self.model.device)
         up, down = self._spoken(rows, top)
@@ -122,11 +126,14 @@ class Reader:
         tokens: list[int] = []
         cosines, norms = [], []
         for batch in others:
+            zeros = batch.zeros(self.manifest)
             keep = torch.tensor([each != token for each in batch.tokens])
-            found = [batch.rows(layer, self.manifest, self.factors) for layer in layers]
-            angles = [unit.to(mine.device) @ mine for (_, unit), mine in zip(found, units, strict=True)]
-            cosines.append(torch.stack(angles).cpu()[:, keep] / self.manifest.hidden_size)
-            norms.append(torch.stack([torch.linalg.vector_norm(row, dim=1) for row, _ in found]).cpu()[:, keep])
+            found: list[tuple[Tensor, Tensor]] = []
+            for layer, mine in zip(layers, units, strict=True):
+                row, unit = batch.rows(layer, self.manifest, self.factors, zeros)
+                found.append((unit @ mine.to(unit.device), torch.linalg.vector_norm(row, dim=1)))
+            cosines.append(torch.stack([angles for angles, _ in found]).cpu()[:, keep] / self.manifest.hidden_size)
+            norms.append(torch.stack([sizes for _, sizes in found]).cpu()[:, keep])
             tokens += [each for each in batch.tokens if each != token]
         if not tokens:
             return None
@@ -189,7 +196,7 @@ def _device_records(runner: Runner, tokens: list[int]) -> Iterator[Records]:
     if pager is None:
         return
     parts = [pager.parts[pager.part_of(group)] for group in range(len(pager.table.manifest.groups))]
-    for start, end in pairwise([*range(0, len(tokens), _RECORDS_AT_ONCE), len(tokens)]):
+    for start, end in pairwise([*range(0, len(tokens), _at_once(pager.table.manifest)), len(tokens)]):
         batch = tokens[start:end]
         groups = []
         for part in parts:
@@ -199,17 +206,22 @@ def _device_records(runner: Runner, tokens: list[int]) -> Iterator[Records]:
         yield Records(batch, groups)
 
 
+def _at_once(manifest: Manifest) -> int:
+    return max(1, _VALUES_AT_ONCE // manifest.hidden_size)
+
+
 def table_records(table: Table, progress: Callable[[int, int], object] | None = None) -> Iterator[Records]:
     """All records of a table, read once in order, some at a time. `progress(done, total)` is called after each batch.
 
     Raises RecordError for the first that cannot be read.
     """
     manifest = table.manifest
+    size = _at_once(manifest)
     for shard in manifest.shards:
         end = shard.first_token + shard.tokens
         with (table.path / shard.file).open("rb", buffering=0) as file:
-            for start in range(shard.first_token, end, _RECORDS_AT_ONCE):
-                tokens = range(start, min(start + _RECORDS_AT_ONCE, end))
+            for start in range(shard.first_token, end, size):
+                tokens = range(start, min(start + size, end))
                 records = np.stack([table.read_from(file, token) for token in tokens])
                 yield Records.whole(tokens, records, manifest)
                 if progress is not None:
