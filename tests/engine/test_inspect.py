@@ -150,6 +150,16 @@ def test_a_look_disturbs_nothing_and_names_the_tier(
         assert below == ({"disk"} if not options else {"host"} if options["host_cache"] == "100%" else {"host", "disk"})
 
 
+def test_a_look_compares_with_no_more_than_its_share(engine_of: OpenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records evicted last, as many as have so many values in the layers asked for."""
+    monkeypatch.setattr(inspect, "_VALUES_COMPARED", 10 * 2 * 32)
+    with engine_of(device_cache="50", tol_policy="lru") as engine:
+        serve(engine, [request("a", range(20, 50), 0)])
+        assert look_up(engine.runner, 9, None, 50).compared == 10
+        view = look_up(engine.runner, 9, [1], 50)
+    assert {each.token for each in view.layers[0].nearest} == set(range(30, 50))
+
+
 def test_an_empty_cache_compares_with_nothing(engine_of: OpenEngine) -> None:
     with engine_of(device_cache="16") as engine:
         view = look_up(engine.runner, 9, None, 3)

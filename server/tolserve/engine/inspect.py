@@ -25,8 +25,9 @@ from tolserve.tol.manifest import Manifest
 from tolserve.tol.table import Bytes, Table
 from tolserve.tol.view import Tier
 
-# Records of the device tier that a server compares with, those evicted last. At the 1B shape that is 403 MB to read.
-MAX_COMPARED = 4096
+# Of records in the device tier that a server compares with, those evicted last. At the 1B shape that are 1,365 records,
+# whose comparison takes a decode step's time on a CPU; the product with the output head takes another's.
+_VALUES_COMPARED = 1 << 26
 # Of a layer, decoded at once: 4 MiB as float32. Fewer make more calls, each of which wakes the compute threads.
 _VALUES_AT_ONCE = 1 << 20
 # Below any row's mean square. A row of zeros is like no other, instead of being divided by zero.
@@ -175,19 +176,18 @@ def frequency_of(token: int, counts: Counts) -> Frequency | None:
 def look_up(
     runner: Runner, token: int, layers: Sequence[int] | None, top: int, counts: Counts | None = None
 ) -> TokenView:
-    """A token's record in a running engine, between two steps, compared with those of the device tier.
+    """A token's record in a running engine, between two steps, compared with some of those in the device tier.
 
-    It is no lookup and moves nothing. At the 1B shape with 4,096 records in the tier it takes as long as some decode
-    steps (docs/memory.md has the figures). Raises LookError for what cannot be asked, RecordError for a record that
-    cannot be read.
+    It is no lookup and moves nothing. What it costs is bounded, see docs/memory.md. Raises LookError for what cannot be
+    asked, RecordError for a record that cannot be read.
     """
     pager = runner.pager
     if pager is None:
         raise LookError("a base model has no memory to look into")
     reader = Reader(runner.model, pager.table.manifest, runner.factors)
-    rows_of(reader.manifest, layers)  # before anything is read
+    values = len(rows_of(reader.manifest, layers)) * reader.manifest.hidden_size
     record, tier = pager.peek(token)
-    others = _device_records(runner, pager.latest(MAX_COMPARED))
+    others = _device_records(runner, pager.latest(max(1, _VALUES_COMPARED // values)))
     return reader.read(token, record, others, layers=layers, top=top, tier=tier, counts=counts)
 
 
