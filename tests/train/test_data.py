@@ -1,7 +1,10 @@
 """Training text: reading it, and cutting it into sequences in an order that a seed fixes."""
 
+import bz2
 import gzip
+import itertools
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tolserve.train.data import DataError, Sequences, Tokens, read_documents, tokenise
+from tolserve.train.data import DataError, Sequences, Tokens, read_documents, read_tokens, tokenise
 from tolserve.train.tokenizer import END_OF_TEXT
 
 DOCUMENTS = ["one\nparagraph", "", 'another, with "quotes" and 漢字 🙂']
 
 
 def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(content))
     return path
 
 
@@ -25,17 +29,17 @@ def jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz"])
 def test_each_line_of_a_jsonl_is_a_document(tmp_path: Path, suffix: str) -> None:
     assert list(read_documents(write(tmp_path / f"a.{suffix}", jsonl(DOCUMENTS)))) == DOCUMENTS
 
 
-@pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz", "txt.xz"])
 def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
     assert list(read_documents(write(tmp_path / f"a.b.{suffix}", "two\nlines é".encode()))) == ["two\nlines é"]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.parquet.gz", "a.jsonl.zst", "a.npy"])
 def test_another_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=r"\.jsonl or \.txt"):
         list(read_documents(write(tmp_path / name, b"x")))
@@ -52,8 +56,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     whole = gzip.compress(jsonl(DOCUMENTS * 100))
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "plain.jsonl.gz").write_bytes(b"not gzip")
+    (tmp_path / "plain.jsonl.xz").write_bytes(b"not xz")
+    (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(jsonl(DOCUMENTS * 100))[:-20])
+    (tmp_path / "cut.jsonl.bz2").write_bytes(bz2.compress(jsonl(DOCUMENTS * 100))[:-20])
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    for name in ("cut.jsonl.gz", "plain.jsonl.gz", "latin.txt", "missing.txt"):
+    for name in ("latin.txt", "missing.txt", *(path.name for path in tmp_path.glob("*.jsonl.*"))):
         with pytest.raises(DataError, match=name):
             list(read_documents(tmp_path / name))
 
@@ -66,6 +73,26 @@ def test_documents_follow_each_other_each_behind_a_separator(tmp_path: Path, tok
     assert len(starts) == len(DOCUMENTS)
     assert [tokenizer.decode(part[1:]) for part in np.split(stream, starts)[1:]] == DOCUMENTS
     assert len(tokenise(write(tmp_path / "empty.jsonl", b""), tokenizer, end)) == 0
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
+def test_token_files_are_streams_of_ids(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "a.npy", np.array([3, 0, 299], dtype))
+    assert read_tokens(tmp_path / "a.npy", 300).tolist() == [3, 0, 299]
+    (batch,) = itertools.islice(Sequences((read_tokens(tmp_path / "a.npy", 300),), 2, 0).batches(1, 0), 1)
+    assert batch.dtype == np.int32
+
+
+def test_a_token_file_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.npy").write_text("no array")
+    np.save(tmp_path / "wide.npy", np.zeros((2, 3), np.int32))
+    np.save(tmp_path / "float.npy", np.zeros(3, np.float32))
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.save(tmp_path / "large.npy", np.array([0, 300]))
+    np.save(tmp_path / "negative.npy", np.array([-1, 3]))
+    for path in [*tmp_path.glob("*.npy"), tmp_path / "missing.npy"]:
+        with pytest.raises(DataError, match=path.name):
+            read_tokens(path, 300)
 
 
 streams = st.lists(st.integers(0, 60), min_size=1, max_size=4)

@@ -16,57 +16,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tiny import TEXT, tiny_config
+from tiny_run import STEPS, recipe_of, train, write_texts
 from tolserve.model.checkpoint import load_transformer, read_fingerprint
 from tolserve.model.config import ModelConfig
 from tolserve.model.transformer import Transformer
-from tolserve.train.data import read_documents
+from tolserve.train.data import DataError, read_documents
 from tolserve.train.loop import Run, make_optimizer
 from tolserve.train.objective import loss_terms
-from tolserve.train.recipe import Recipe, TrainError
+from tolserve.train.recipe import TrainError
 from tolserve.train.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
-
-STEPS = 8
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run", "far", "away", "home", "again"]
-
-
-def sentences(seed: int) -> str:
-    chosen = np.random.default_rng(seed).integers(len(WORDS), size=400)
-    return " ".join(WORDS[i] for i in chosen) + " " + TEXT
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for seed, name in enumerate(("first", "second", "unseen")):
-        (folder / f"{name}.txt").write_text(sentences(seed))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def recipe_of(folder: Path, **changes: Any) -> Recipe:
-    fixed = {
-        "data": (str(folder / "first.txt"), str(folder / "second.txt")),
-        "held_out": str(folder / "unseen.txt"),
-        "tokenizer": str(folder / "tokenizer.json"),
-        "batch": 2,
-        "length": 24,
-        "steps": STEPS,
-        "warmup": 3,
-        "peak_lr": 1e-2,
-        "min_lr": 1e-3,
-        "weight_decay": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "z_loss": 1e-6,
-        "clip": 1.0,
-        "seed": 5,
-    }
-    return Recipe(**fixed | changes)
-
-
-def train(run: Run, save_every: int = 3) -> Run:
-    run.train(save_every, log_every=2, tell=lambda line: None)
-    return run
+    return write_texts(tmp_path_factory.mktemp("text"), tokenizer)
 
 
 def train_until_killed(run: Run, step: int, save_every: int) -> None:
@@ -177,20 +140,98 @@ def test_a_step_is_clipped_adamw_on_the_objective(folder: Path, tmp_path: Path) 
             assert torch.allclose(parameter.double(), by_hand[name], rtol=1e-4, atol=rate / 100), name
 
 
-@pytest.mark.parametrize("killed_at", [1, 3, 5, 7])
-@pytest.mark.parametrize("variant", ["memory", "flex"])
-def test_a_killed_run_goes_on_to_the_same_weights(folder: Path, tmp_path: Path, variant: str, killed_at: int) -> None:
-    shape, recipe = tiny_config(variant), recipe_of(folder)
+RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "memory": ("memory", {}),
+    "flex": ("flex", {}),
+    "micro-batches": ("memory", {"accumulate": 2}),
+    "autocast": ("memory", {"autocast": "bf16"}),
+}
+
+
+def loss_rows(out: Path) -> list[list[str]]:
+    """loss.csv without the seconds."""
+    return [row.split(",")[:-1] for row in (out / "loss.csv").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 7])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_goes_on_to_the_same_weights(folder: Path, tmp_path: Path, name: str, killed_at: int) -> None:
+    """Saving every third step and logging every second: what was not logged yet is resumed as well."""
+    variant, changes = RESUMED[name]
+    shape, recipe = tiny_config(variant), recipe_of(folder, **changes)
     whole = train(Run(tmp_path / "whole", shape, recipe))
-    train_until_killed(Run(tmp_path / "killed", shape, recipe), killed_at, save_every=2)
+    train_until_killed(Run(tmp_path / "killed", shape, recipe), killed_at, save_every=3)
     resumed = Run(tmp_path / "killed", shape, recipe)
-    assert resumed.step == killed_at // 2 * 2
-    train(resumed, save_every=2)
+    assert resumed.step == killed_at // 3 * 3
+    train(resumed)
     assert resumed.step == STEPS
-    for name, parameter in weights(whole).items():
-        assert torch.equal(parameter, weights(resumed)[name]), name
-    rows = [(tmp_path / run / "loss.csv").read_text().splitlines() for run in ("whole", "killed")]
-    assert [row.split(",")[:2] for row in rows[0]] == [row.split(",")[:2] for row in rows[1]]
+    for parameter_name, parameter in weights(whole).items():
+        assert torch.equal(parameter, weights(resumed)[parameter_name]), parameter_name
+    assert loss_rows(tmp_path / "whole") == loss_rows(tmp_path / "killed")
+
+
+def test_a_run_of_an_earlier_version_goes_on(folder: Path, tmp_path: Path) -> None:
+    """Its recipe.json and progress.json lack what came later, which then has its default."""
+    whole = train(Run(tmp_path / "whole", tiny_config(), recipe_of(folder)))
+    train_until_killed(Run(tmp_path / "old", tiny_config(), recipe_of(folder)), 6, save_every=2)
+    path, progress = tmp_path / "old" / "recipe.json", tmp_path / "old" / "state" / "progress.json"
+    written = json.loads(path.read_text())
+    for name in ("accumulate", "autocast", "compile", "init_from", "freeze", "distil"):
+        del written["recipe"][name]
+    path.write_text(json.dumps(written))
+    progress.write_text(json.dumps({k: v for k, v in json.loads(progress.read_text()).items() if k != "losses"}))
+    with pytest.raises(TrainError, match="another recipe"):
+        Run(tmp_path / "old", tiny_config(), recipe_of(folder, accumulate=2))
+    resumed = Run(tmp_path / "old", tiny_config(), recipe_of(folder))
+    assert resumed.step == 6
+    train(resumed, save_every=2)
+    assert all(torch.equal(parameter, weights(resumed)[name]) for name, parameter in weights(whole).items())
+
+
+def test_a_later_versions_recipe_is_not_continued(folder: Path, tmp_path: Path) -> None:
+    Run(tmp_path, tiny_config(), recipe_of(folder))
+    written = json.loads((tmp_path / "recipe.json").read_text())
+    written["recipe"]["unheard_of"] = 1
+    (tmp_path / "recipe.json").write_text(json.dumps(written))
+    with pytest.raises(TrainError, match="another recipe"):
+        Run(tmp_path, tiny_config(), recipe_of(folder))
+
+
+def test_micro_batches_change_no_more_than_rounding(folder: Path, tmp_path: Path) -> None:
+    runs = [Run(tmp_path / str(n), tiny_config(), recipe_of(folder, batch=4, accumulate=n, steps=3)) for n in (1, 2, 4)]
+    for run in runs:
+        train(run)
+    for run in runs[1:]:
+        for name, parameter in weights(runs[0]).items():
+            assert torch.allclose(parameter, weights(run)[name], atol=1e-4), name
+
+
+def test_sequences_that_do_not_divide_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="--batch 4 does not divide into 1 processes x --accumulate 3"):
+        Run(tmp_path, tiny_config(), recipe_of(folder, batch=4, accumulate=3))
+
+
+def test_autocast_rounds_and_keeps_the_weights_in_32_bits(folder: Path, tmp_path: Path) -> None:
+    plain = train(Run(tmp_path / "plain", tiny_config(), recipe_of(folder)))
+    rounded = train(Run(tmp_path / "rounded", tiny_config(), recipe_of(folder, autocast="bf16")))
+    for name, parameter in weights(plain).items():
+        assert weights(rounded)[name].dtype == torch.float32
+        assert not torch.equal(parameter, weights(rounded)[name]), name
+    losses = [float(loss_rows(tmp_path / name)[-1][2]) for name in ("plain", "rounded")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_token_files_train_as_their_text(folder: Path, tmp_path: Path) -> None:
+    text = train(Run(tmp_path / "text", tiny_config(), recipe_of(folder)))
+    for name, stream in zip(("a", "b"), text.sequences.streams, strict=True):
+        np.save(tmp_path / f"{name}.npy", stream.astype(np.uint16))
+    data = tuple(str(tmp_path / f"{name}.npy") for name in ("a", "b"))
+    tokens = train(Run(tmp_path / "tokens", tiny_config(), recipe_of(folder, data=data)))
+    assert all(torch.equal(parameter, weights(tokens)[name]) for name, parameter in weights(text).items())
+    with pytest.raises(TrainError, match="give --tokenizer"):
+        Run(tmp_path / "own", tiny_config(), recipe_of(folder, data=data, tokenizer=None))
+    with pytest.raises(DataError, match="needs its bytes"):
+        Run(tmp_path / "held", tiny_config(), recipe_of(folder, held_out=data[0])).text.held_out()
 
 
 def test_the_saved_state_is_one_and_complete(folder: Path, tmp_path: Path) -> None:
@@ -254,6 +295,7 @@ def test_a_short_run_learns_and_leaves_a_model_directory(folder: Path, tmp_path:
     assert untrained["held_out"]["nats_per_token"] == pytest.approx(math.log(300), abs=0.1)
     assert figures["held_out"]["nats_per_token"] < 0.75 * math.log(300)
     assert figures["training_tokens"] == 60 * 2 * 24
+    assert 0 < figures["share_of_matrix_rate"] < 1
     assert figures == json.loads((tmp_path / "run" / "figures.json").read_text())
     assert ("held_out_memory_zeroed" in figures) == (variant != "base")
     if variant != "base":

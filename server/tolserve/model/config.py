@@ -20,6 +20,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "rope_scaling": (None,),
+    "sliding_window": (None,),
     "attention_dropout": (0, 0.0),
     "pretraining_tp": (1,),
     "partial_rotary_factor": (1.0, None),
