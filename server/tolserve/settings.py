@@ -44,6 +44,7 @@ def _written_as(pattern: str, examples: str) -> AfterValidator:
 
 
 Bytes = Annotated[str, _written_as(rf"auto|{_BYTES}", "auto or bytes with a unit, such as 512MiB")]
+ByteCount = Annotated[str, _written_as(_BYTES, "bytes with a unit, such as 256MiB")]
 CacheSize = Annotated[
     str, _written_as(rf"[0-9]+|{_BYTES}|{_NUMBER}%", "records (12826), bytes with a unit (2GiB) or a share (10%)")
 ]
@@ -207,6 +208,8 @@ class ServeSettings(EngineOptions):
     )
     api_key_file: Path | None = Field(None, description="file that holds the key, so that no process list shows it")
     served_model_name: str | None = Field(None, min_length=1, description="the model's name; its folder's if not given")
+    packs: Path | None = Field(None, description="folder of memory packs (`tolserve pack`) that requests may ask for")
+    pack_memory: ByteCount = Field("256MiB", description="memory for packs that are loaded, bytes with a unit")
     shutdown_timeout: NotNegativeFloat = Field(25.0, description="seconds that running requests get to finish")
 
     @model_validator(mode="after")
@@ -230,6 +233,9 @@ class ServeSettings(EngineOptions):
         if not key or not all("!" <= character <= "~" for character in key):
             raise ValueError(f"{flag} must give visible ASCII characters without spaces, at least one")
         return key
+
+    def engine_json(self) -> dict[str, Any]:
+        return super().engine_json() | self.model_dump(mode="json", include={"packs", "pack_memory"})
 
     @property
     def asks_for_key(self) -> bool:

@@ -27,7 +27,7 @@ def test_a_stream_says_which_tokens_were_hits(server: Running) -> None:
         assert len(whole) == len(hits)
         assert all(whole[: len(prompt)])
         assert "tol" not in client.post("/v1/completions", json=body | {"tol": None}).json()["choices"][0]
-        refused = client.post("/v1/completions", json=body | {"tol": {"alpha": 1}})
+        refused = client.post("/v1/completions", json=body | {"tol": {"beta": 1}})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "tol"
 

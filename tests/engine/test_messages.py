@@ -11,6 +11,7 @@ from tolserve.engine.messages import (
     AskAttribution,
     AskCache,
     AskMetrics,
+    AskPacks,
     AskToken,
     Attributed,
     Declined,
@@ -18,6 +19,7 @@ from tolserve.engine.messages import (
     Heartbeat,
     Hello,
     MetricsSnapshot,
+    Packs,
     Progress,
     Ready,
     Refusal,
@@ -32,7 +34,7 @@ from tolserve.engine.messages import (
     decode_to_engine,
     encode,
 )
-from tolserve.engine.request import Delta, Failure, Request, SamplingParams, TokenLogprob, Usage
+from tolserve.engine.request import Delta, Failure, PackView, Request, SamplingParams, Steering, TokenLogprob, Usage
 from tolserve.metrics import Metric, Sample
 from tolserve.tol.view import CacheSizes, TierSize
 
@@ -56,7 +58,15 @@ sampling = st.builds(
     logprobs=optional_count,
     prompt_logprobs=optional_count,
 )
-requests = st.builds(Request, ids, st.lists(tokens, max_size=20).map(tuple), sampling, st.one_of(st.none(), ids))
+steering = st.builds(Steering, st.lists(floats, max_size=3).map(tuple), st.lists(ids, max_size=3).map(tuple))
+requests = st.builds(
+    Request,
+    ids,
+    st.lists(tokens, max_size=20).map(tuple),
+    sampling,
+    st.one_of(st.none(), ids),
+    st.one_of(st.none(), steering),
+)
 scores = st.builds(TokenLogprob, tokens, floats, st.lists(st.tuples(tokens, floats), max_size=3).map(tuple))
 usages = st.builds(Usage, counts, counts, counts, counts, counts, floats)
 deltas = st.builds(
@@ -70,7 +80,8 @@ deltas = st.builds(
     st.one_of(st.none(), st.lists(st.one_of(st.none(), st.booleans()), max_size=3)),
 )
 kinds = st.sampled_from(["invalid", "busy", "table", "engine", "dead", "stopping"])
-failures = st.builds(Failure, ids, kinds, st.text())
+failures = st.builds(Failure, ids, kinds, st.text(), st.one_of(st.none(), ids))
+packs = st.builds(PackView, ids, optional_count, optional_count, st.none() | ids, st.booleans(), st.none() | ids)
 series = st.builds(Sample, st.lists(ids, max_size=2).map(tuple), floats, st.lists(counts, max_size=4))
 metrics = st.builds(
     Metric,
@@ -107,17 +118,19 @@ to_engine: st.SearchStrategy[ToEngine] = st.one_of(
     st.just(Hello()),
     st.just(AskMetrics()),
     st.builds(AskCache, counts),
+    st.just(AskPacks()),
     st.builds(Resize, st.one_of(st.none(), ids), st.one_of(st.none(), ids)),
     st.just(Reopen()),
     st.builds(AskToken, tokens, st.one_of(st.none(), numbers), counts),
     st.builds(AskAttribution, requests, st.one_of(st.none(), numbers), st.one_of(st.none(), tokens)),
 )
 from_engine: st.SearchStrategy[FromEngine] = st.one_of(
-    st.builds(Ready, counts, counts, st.one_of(st.none(), ids), st.one_of(st.none(), ids)),
+    st.builds(Ready, counts, counts, counts, st.one_of(st.none(), ids), st.one_of(st.none(), ids)),
     st.builds(Progress, st.lists(deltas, max_size=3)),
     st.builds(Refusal, failures),
     st.builds(MetricsSnapshot, st.lists(metrics, max_size=3)),
     st.builds(Heartbeat, floats),
+    st.builds(Packs, st.one_of(st.none(), st.lists(packs, max_size=3))),
     st.builds(Resized, st.one_of(st.none(), sizes), st.one_of(st.none(), declined)),
     st.builds(Reopened, st.one_of(st.none(), facts), st.one_of(st.none(), declined)),
     st.builds(TokenSeen, st.one_of(st.none(), views), st.one_of(st.none(), declined)),

@@ -61,7 +61,7 @@ def from_engine(error: EngineError) -> ApiError:
     message = str(error)
     match error.kind:
         case "invalid":
-            return ApiError(400, message)
+            return ApiError(400, message, param=error.param)
         case "busy":
             return ApiError(429, message, code="queue_full")
         case "dead":

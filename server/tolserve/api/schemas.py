@@ -20,6 +20,10 @@ MAX_SEQUENCES = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 4096
+# What is larger is a slip: the paper goes from 1 down to 0.5. No model has so many layers.
+MAX_ALPHA = 8
+MAX_LAYERS = 1024
+MAX_EDITS = 4  # each costs some 20 us a step of a sequence that asks for it
 MAX_SALT_CHARACTERS = 256  # as long as any token or hash that somebody would take for it
 
 # Fields of OpenAI's and vLLM's interfaces that are not served yet, with the values that ask for nothing; null is one
@@ -152,9 +156,27 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
 
 
+Alpha = Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA)]
+LayerIndex = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+PackName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+
+
 class TolOptions(Wire):
     """What a request asks of the table."""
 
+    alpha: (
+        Annotated[
+            Annotated[Alpha, Tag("~number")] | Annotated[list[Alpha], Field(max_length=MAX_LAYERS), Tag("~list")],
+            Discriminator(lambda value: "~list" if isinstance(value, list) else "~number"),
+        ]
+        | None
+    ) = Field(None, description="what all rows are multiplied by, or a number for each layer; 1 if not given")
+    drop_layers: Annotated[list[LayerIndex], Field(max_length=MAX_LAYERS)] | None = Field(
+        None, description="layers whose rows are left out"
+    )
+    edits: Annotated[list[PackName], Field(max_length=MAX_EDITS), BeforeValidator(_as_list)] | None = Field(
+        None, description="names of memory packs, which apply in this order"
+    )
     token_hits: bool | None = Field(None, description="say of each token whether its record was in the device tier")
 
 

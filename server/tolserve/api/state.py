@@ -10,11 +10,11 @@ from fastapi import Request as HttpRequest
 
 from tolserve.api.errors import ApiError, bad_request
 from tolserve.api.generation import Choice, ChoiceText
-from tolserve.api.schemas import Sampling
+from tolserve.api.schemas import Sampling, TolOptions
 from tolserve.api.tokenizer import ModelFiles, Prompt
 from tolserve.engine.client import EngineClient
 from tolserve.engine.messages import Ready
-from tolserve.engine.request import Request, SamplingParams
+from tolserve.engine.request import Request, SamplingParams, Steering
 from tolserve.logs import current_request
 from tolserve.metrics import Metrics, ProcessGauges
 from tolserve.settings import ServeSettings
@@ -98,6 +98,7 @@ class Server:
         self.require_known(body.stop_token_ids or [], "stop_token_ids")
         if body.token_hits and self.require_ready().encoding is None:
             raise bad_request("tol", "tol.token_hits: this model has no table")
+        steering = self.steering(body.tol) if body.tol is not None else None
         # The HTTP request's id comes first, so that log lines can be joined. A client may reuse its own ids, but the
         # engine must never see one twice.
         group = f"{current_request.get() or ''}/{uuid.uuid4().hex}"
@@ -113,8 +114,28 @@ class Server:
                     frozenset(params.stop_token_ids) | self.files.eos_token_ids,
                     bool(body.include_stop_str_in_output),
                 )
-                choices.append(Choice(index, Request(f"{group}-{index}", prompt.ids, params, body.cache_salt), text))
+                request = Request(f"{group}-{index}", prompt.ids, params, body.cache_salt, steering)
+                choices.append(Choice(index, request, text))
         return choices
+
+    def steering(self, tol: TolOptions) -> Steering | None:
+        """What a request asks to change of the rows; None for nothing. Raises 400 for a model without a table, and for
+        layers that it does not have. The engine looks for the packs."""
+        if tol.alpha is None and not tol.drop_layers and not tol.edits:
+            return None
+        ready = self.require_ready()
+        if ready.encoding is None:
+            field = "alpha" if tol.alpha is not None else "drop_layers" if tol.drop_layers else "edits"
+            raise bad_request("tol", f"tol.{field}: this model has no table")
+        count = ready.num_layers
+        alpha = tol.alpha if isinstance(tol.alpha, list) else [1.0 if tol.alpha is None else tol.alpha] * count
+        if len(alpha) != count:
+            raise bad_request("tol", f"tol.alpha: it has {len(alpha)} numbers, and the model {count} layers")
+        dropped = tol.drop_layers or []
+        if any(layer >= count for layer in dropped):
+            raise bad_request("tol", f"tol.drop_layers: layers are numbered from 0 to {count - 1}")
+        numbers = tuple(0.0 if layer in dropped else float(number) for layer, number in enumerate(alpha))
+        return Steering(numbers, tuple(tol.edits or ())) if tol.edits or set(numbers) != {1.0} else None
 
     def _sampling(
         self, body: Sampling, max_tokens: int, seed: int, choice: int, logprobs: int | None, prompt_logprobs: int | None

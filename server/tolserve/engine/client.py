@@ -14,10 +14,12 @@ from tolserve.engine.messages import (
     AskAttribution,
     AskCache,
     AskMetrics,
+    AskPacks,
     AskToken,
     Attributed,
     Cache,
     MetricsSnapshot,
+    Packs,
     Ready,
     Reopen,
     Reopened,
@@ -27,7 +29,7 @@ from tolserve.engine.messages import (
     ToEngine,
     TokenSeen,
 )
-from tolserve.engine.request import Delta, Failure, Request
+from tolserve.engine.request import Delta, Failure, PackView, Request
 from tolserve.metrics import Metric, Metrics, merge
 from tolserve.tol.view import CacheSizes, DeviceView
 
@@ -37,7 +39,7 @@ Granted = TypeVar("Granted")
 
 # A scrape waits this long for fresh numbers; a step of a large prefill can take longer, then the last ones are shown.
 METRICS_TIMEOUT_SECONDS = 1.0
-# Somebody looking into the memory waits as long as a long step may take, then is told to try again.
+# Somebody looking into the memory, or for packs, waits as long as a long step may take, then is told to try again.
 LOOK_TIMEOUT_SECONDS = 10.0
 # Before a restart: soon after the first death, which may be chance, seldom when an engine cannot stay up.
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
@@ -47,11 +49,11 @@ STEADY_SECONDS = 60.0
 
 class EngineError(RuntimeError):
     """What the engine could not serve; `kind` as in request.Failure or messages.Declined, or "slow" for a question that
-    timed out."""
+    timed out. `param` names the request's field at fault, where it is one."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.param = kind, param
 
 
 class EngineClient:
@@ -174,7 +176,7 @@ class EngineClient:
                 answer = await queue.get()
                 if isinstance(answer, Failure):
                     finished = True
-                    raise EngineError(answer.kind, answer.message)
+                    raise EngineError(answer.kind, answer.message, answer.param)
                 finished = answer.finish_reason is not None
                 yield answer
         finally:
@@ -194,6 +196,13 @@ class EngineClient:
         Raises EngineError when the engine is gone or too busy to answer.
         """
         return (await self._ask(AskCache(limit), Cache)).view
+
+    async def packs(self) -> list[PackView] | None:
+        """The memory packs that requests may ask for, by name; None for a server that has no folder of them.
+
+        Raises EngineError when the engine is gone or too busy to answer.
+        """
+        return (await self._ask(AskPacks(), Packs)).packs
 
     async def token(self, token: int, layers: list[int] | None, top: int) -> TokenView:
         """A token's record as inspect.look_up finds it. Raises EngineError."""

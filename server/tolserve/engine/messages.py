@@ -5,7 +5,7 @@ from typing import Any, Literal
 import msgspec
 
 from tolserve.engine.look import Attribution, TokenView
-from tolserve.engine.request import Delta, Failure, Request
+from tolserve.engine.request import Delta, Failure, PackView, Request
 from tolserve.metrics import Metric
 from tolserve.tol.view import CacheSizes, DeviceView
 
@@ -32,6 +32,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     """Facts about the served model that the API needs to check requests."""
 
     vocab_size: int
+    num_layers: int
     max_model_len: int
     fingerprint: str | None
     encoding: str | None
@@ -67,6 +68,16 @@ class Cache(msgspec.Struct, tag="cache", frozen=True):
     """`view` is None for a model without a table."""
 
     view: DeviceView | None
+
+
+class AskPacks(msgspec.Struct, tag="ask_packs", frozen=True):
+    """Answered with `Packs`."""
+
+
+class Packs(msgspec.Struct, tag="packs", frozen=True):
+    """The packs that requests may ask for; `packs` is None for a server that has no folder of them."""
+
+    packs: list[PackView] | None
 
 
 class Resize(msgspec.Struct, tag="resize", frozen=True):
@@ -135,9 +146,19 @@ class Attributed(msgspec.Struct, tag="attributed", frozen=True):
 
 
 Look = AskToken | AskAttribution
-ToEngine = Submit | Abort | Hello | AskMetrics | AskCache | Resize | Reopen | Look
+ToEngine = Submit | Abort | Hello | AskMetrics | AskCache | AskPacks | Resize | Reopen | Look
 FromEngine = (
-    Ready | Progress | Refusal | MetricsSnapshot | Cache | Resized | Reopened | TokenSeen | Attributed | Heartbeat
+    Ready
+    | Progress
+    | Refusal
+    | MetricsSnapshot
+    | Cache
+    | Packs
+    | Resized
+    | Reopened
+    | TokenSeen
+    | Attributed
+    | Heartbeat
 )
 
 _encoder = msgspec.msgpack.Encoder()

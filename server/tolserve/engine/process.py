@@ -21,6 +21,7 @@ from tolserve.engine.messages import (
     AskAttribution,
     AskCache,
     AskMetrics,
+    AskPacks,
     AskToken,
     Attributed,
     Cache,
@@ -29,6 +30,7 @@ from tolserve.engine.messages import (
     Hello,
     Look,
     MetricsSnapshot,
+    Packs,
     Progress,
     Ready,
     Refusal,
@@ -101,6 +103,8 @@ class EngineServer:
             case AskCache(limit=limit):
                 pager = self.engine.pager
                 self._send(worker, Cache(pager.view(limit) if pager is not None else None))
+            case AskPacks():
+                self._send(worker, Packs(self.engine.packs.view() if self.engine.packs is not None else None))
             case Resize(device_cache=device_cache, host_cache=host_cache):
                 self._send(worker, self._resized(device_cache, host_cache))
             case Reopen():
@@ -157,6 +161,7 @@ class EngineServer:
         manifest = self.engine.pager.table.manifest if self.engine.pager is not None else None
         return Ready(
             vocab_size=self.engine.runner.model.config.vocab_size,
+            num_layers=self.engine.runner.model.config.num_hidden_layers,
             max_model_len=self.engine.max_model_len,
             fingerprint=manifest.fingerprint if manifest else None,
             encoding=manifest.encoding.name if manifest else None,

@@ -34,7 +34,7 @@ def steer(asked: Steering, num_layers: int, packs: PackStore | None) -> Steered:
     if len(asked.alpha) != num_layers:
         raise PackError(f"tol.alpha: {len(asked.alpha)} numbers; this model has {num_layers} layers")
     if asked.edits and packs is None:
-        raise PackError("tol.edits: this server has no packs")
+        raise PackError("tol.edits: this server has no packs; start it with --packs DIR")
     try:
         taken = packs.take(asked.edits) if packs is not None else ()
     except PackError as error:
