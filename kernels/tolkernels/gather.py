@@ -44,10 +44,8 @@ def add_rows(
     Raises ValueError for shapes, dtypes or a layout that do not fit. A slot out of range is an IndexError on the CPU
     and undefined on CUDA, where nobody can look: slots come from a lease or from `lookup_slots`.
     """
-    _check(data, slots, stream, factor)
+    _check(data, slots, stream, factor, scale)
     _check_norm(stream, norm_weight)
-    if scale is not None and (scale.shape != slots.shape or scale.dtype != torch.float32):
-        raise ValueError(f"scale must be [{slots.shape[0]}] float32, got {list(scale.shape)} {scale.dtype}")
     if host is not None and (host.ndim != 2 or host.dtype != torch.uint8 or host.device.type != "cpu"):
         raise ValueError(f"host must be [records, stride] uint8 in RAM, got {list(host.shape)} {host.dtype}")
     width = stream.shape[1] if factor is None else factor.shape[0]
@@ -172,7 +170,7 @@ def _rows(data: Tensor, slots: Tensor, width: int, values: str, group_size: int 
     return (integers.unflatten(1, (-1, group_size)) * scales.float().unsqueeze(-1)).flatten(1)
 
 
-def _check(data: Tensor, slots: Tensor, stream: Tensor, factor: Tensor | None) -> None:
+def _check(data: Tensor, slots: Tensor, stream: Tensor, factor: Tensor | None, scale: Tensor | None) -> None:
     if data.ndim != 2 or data.dtype != torch.uint8:
         raise ValueError(f"data must be [slots, stride] uint8, got {list(data.shape)} {data.dtype}")
     if slots.ndim != 1 or slots.dtype != torch.int64:
@@ -183,6 +181,8 @@ def _check(data: Tensor, slots: Tensor, stream: Tensor, factor: Tensor | None) -
         raise ValueError(
             f"factor must be [rank, {stream.shape[1]}] {stream.dtype}, got {list(factor.shape)} {factor.dtype}"
         )
+    if scale is not None and (scale.shape != slots.shape or scale.dtype != torch.float32):
+        raise ValueError(f"scale must be [{slots.shape[0]}] float32, got {list(scale.shape)} {scale.dtype}")
 
 
 def _check_norm(x: Tensor, weight: Tensor) -> None:

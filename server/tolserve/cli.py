@@ -22,6 +22,7 @@ from tolserve.settings import (
     InspectSettings,
     OptionError,
     Options,
+    PackSettings,
     ServeSettings,
     StudyParamsSettings,
     TableBuildSettings,
@@ -322,6 +323,68 @@ def _plan_tiers(settings: TablePlanSettings, config: Any, plan: Any, table: Any)
         return add_tiers(plan, slots, settings.sequences, settings.step_ms, disk, estimate, bar)
 
 
+def pack(settings: PackSettings) -> None:
+    from tolserve.api.tokenizer import ModelFiles
+    from tolserve.model.checkpoint import read_fingerprint
+    from tolserve.model.config import ModelConfig
+    from tolserve.model.edits import Cell, embedding_of, rows_from, scaled_rows
+    from tolserve.model.pack import Target, make_entries, write_pack
+
+    config, files = ModelConfig.load(settings.model), ModelFiles.load(settings.model)
+    tokens = list(dict.fromkeys(_token(files, "--tokens", word) for word in settings.tokens))
+    layers = sorted({int(layer) for layer in settings.layers.split(",") if layer}) or [*range(config.num_hidden_layers)]
+    if layers[-1] >= config.num_hidden_layers:
+        raise OptionError(f"--layers {settings.layers}: the model's layers are 0 to {config.num_hidden_layers - 1}")
+    if settings.cell is not None and settings.layer is not None:
+        cell = Cell.read(settings.model, settings.layer, settings.cell)
+        token = _token(files, "--value-of", settings.value_of) if settings.value_of is not None else None
+        value = embedding_of(settings.model, token) if token is not None else None
+        times = 1.0 if settings.times is None else settings.times
+        tensors = cell.edit(tokens or cell.strongest(settings.share), times, value)
+    elif settings.from_table is not None:
+        tensors = rows_from(settings.from_table, tokens, layers, config)
+    else:
+        tensors = scaled_rows(tokens, layers, settings.scale or 0.0, config.hidden_size)
+    shape = (config.vocab_size, config.num_hidden_layers, config.hidden_size)
+    target = Target(read_fingerprint(settings.model), *shape)
+    entries = make_entries(*tensors, target)
+    held = list(dict.fromkeys(entries.tokens.tolist()))
+    names = [files.tokenizer.label(token) for token in held]
+    layers = sorted(set(entries.layers.tolist()))
+    about = settings.description or f"{_way(settings)} at layers {layers} for {', '.join(map(repr, names))}"[:500]
+    write_pack(settings.out, entries, target, about)
+    what = {"path": str(settings.out), "description": about, "entries": len(entries.tokens), "bytes": entries.nbytes}
+    shown = [{"id": token, "text": name} for token, name in zip(held, names, strict=True)]
+    _show(
+        what | {"layers": layers, "tokens": shown if settings.json_output else ", ".join(map(repr, names))},
+        settings.json_output,
+    )
+
+
+def _token(files: Any, flag: str, word: str) -> int:
+    """The id that a person means: a number is an id, anything else a text that must be one token."""
+    if word.isascii() and word.isdigit():
+        if int(word) >= files.vocab_size:
+            raise OptionError(f"{flag} {word}: token ids are below {files.vocab_size}")
+        return int(word)
+    ids = files.tokenizer.encode(word, add_special_tokens=False).ids
+    if len(ids) != 1:
+        pieces = ", ".join(f"{files.tokenizer.label(token)!r} ({token})" for token in ids)
+        raise OptionError(f"{flag} {word!r} is not one token but {len(ids)}: {pieces or 'none'}; give one of them")
+    found: int = ids[0]
+    return found
+
+
+def _way(settings: PackSettings) -> str:
+    """What a pack does, for one who gave no --description."""
+    if settings.from_table is not None:
+        return f"rows of {settings.from_table.resolve().name}"
+    if settings.cell is None:
+        return f"rows times {settings.scale or 0:g}"
+    value = f", its value that of {settings.value_of!r}" if settings.value_of is not None else ""
+    return f"cell {settings.cell} times {1 if settings.times is None else settings.times:g}{value}"
+
+
 def study_params(settings: StudyParamsSettings) -> None:
     from tolserve.study.params import render, report
 
@@ -360,6 +423,7 @@ COMMANDS = {
     ("table", "freq"): Command(TableFreqSettings, table_freq),
     ("table", "plan"): Command(TablePlanSettings, table_plan),
     ("table", "replay"): Command(TableReplaySettings, table_replay),
+    ("pack",): Command(PackSettings, pack),
     ("study", "params"): Command(StudyParamsSettings, study_params),
 }
 

@@ -62,6 +62,9 @@ CacheSizes = Annotated[tuple[CacheSize, ...], NoDecode, BeforeValidator(_split)]
 SequenceCounts = Annotated[
     tuple[Annotated[int, Field(ge=1, le=4096)], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
 ]
+TokenWords = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+LayerNumbers = Annotated[str, Field(pattern=r"^([0-9]{1,4}(,[0-9]{1,4})*)?$")]
+Factor = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # Each takes two buffers of a record in RAM.
 ReadDepth = Annotated[int, Field(ge=1, le=256)]
@@ -133,7 +136,7 @@ class Options(BaseSettings):
         field = cls.model_fields.get(name)
         if field is not None and _POSITIONAL in field.metadata:
             return name.upper()
-        return "--json" if name == "json_output" else "--" + name.replace("_", "-")
+        return {"json_output": "--json", "from_table": "--from"}.get(name, "--" + name.replace("_", "-"))
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -408,6 +411,48 @@ class TablePlanSettings(Options):
     def _check_list(self) -> Self:
         if self.policy in ("static", "half-pinned") and self.trace is None and self.frequencies is None:
             raise ValueError(f"--policy {self.policy} needs --frequencies (`tolserve table freq`) or --trace")
+        return self
+
+
+class PackSettings(Options):
+    """Make a memory pack: what some tokens get beside, or instead of, their rows, for `serve --packs`."""
+
+    model_config = SettingsConfigDict(cli_shortcuts={"json-output": "json", "from-table": "from"})
+
+    model: CliPositionalArg[Path] = Field(DEMO_MODEL, description="model directory; the bundled one if not given")
+    out: Path = Field(description="file to write, NAME.safetensors; requests ask for NAME")
+    tokens: TokenWords = Field((), description="token ids, or texts of one token each, as ' king, queen,17'")
+    layers: LayerNumbers = Field("", description="layers whose rows change, as 3,5; all if not given")
+    from_table: Path | None = Field(None, description="table or model whose rows the tokens get instead of their own")
+    suppress: bool = Field(False, description="the tokens get no rows at all")
+    scale: Factor | None = Field(None, description="the tokens' rows are multiplied by this")
+    layer: int | None = Field(None, ge=0, description="with --cell: the layer that it belongs to")
+    cell: int | None = Field(None, ge=0, description="memory cell that counts --times as much, or has another value")
+    times: Factor | None = Field(None, description="with --cell: how much its value counts; 1 if not given")
+    value_of: str | None = Field(None, description="with --cell: token whose embedding becomes the cell's value")
+    share: float = Field(
+        0.5, gt=0, le=1, description="with --cell, without --tokens: for tokens from this share of its largest size on"
+    )
+    description: str | None = Field(None, description="a sentence for who looks at the packs of a server")
+    json_output: bool = Field(False, description="print what the pack holds as JSON")
+
+    @model_validator(mode="after")
+    def _check_way(self) -> Self:
+        ways = {"--from": self.from_table is not None, "--suppress": self.suppress, "--scale": self.scale is not None}
+        ways |= {"--cell": self.cell is not None}
+        if sum(ways.values()) != 1:
+            raise ValueError(f"give exactly one of {', '.join(ways)}")
+        if not ways["--cell"]:
+            if given := self.model_fields_set & {"layer", "times", "value_of", "share"}:
+                raise ValueError(f"{self.flag(min(given))} is for --cell")
+            if not self.tokens:
+                raise ValueError("--tokens is required, but for --cell")
+        elif self.layer is None or self.layers:
+            raise ValueError("--cell needs --layer, and no --layers")
+        elif self.times is None and self.value_of is None:
+            raise ValueError("--cell needs --times, --value-of or both")
+        elif self.tokens and "share" in self.model_fields_set:
+            raise ValueError("--share chooses tokens; leave it out where --tokens names them")
         return self
 
 

@@ -1,6 +1,6 @@
 """The memory networks of a checkpoint, run over the vocabulary without a model around them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -48,9 +48,9 @@ class MemoryNetworks:
             yield range(start, min(start + TOKENS_PER_BATCH, self.config.vocab_size))
 
     @torch.inference_mode()
-    def rows(self, layer: int, tokens: range) -> Tensor:
-        """The layer's rows of consecutive tokens, float32 [n, hidden_size]."""
+    def rows(self, layer: int, tokens: Sequence[int]) -> Tensor:
+        """The layer's rows of these tokens, float32 [n, hidden_size]."""
         used = (parameter for parameter in self._scratch.parameters() if not parameter.is_meta)
         for parameter, weight in zip(used, self._weights[layer], strict=True):
             parameter.copy_(weight)
-        return self._scratch.memory_row(self._embedding[tokens.start : tokens.stop].float())
+        return self._scratch.memory_row(self._embedding[torch.tensor(tokens)].float())

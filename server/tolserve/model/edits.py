@@ -1,0 +1,138 @@
+"""What a pack may hold: rows of another table, rows that count less or more, cells of a network whose value is another.
+
+Each function gives the four tensors of `model.pack.make_entries`: tokens, layers [E] int32, scales [E] float32 and rows
+[E, d] float32 or bfloat16.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tolkernels import add_rows
+from tolserve.model.checkpoint import CheckpointError, read_copies
+from tolserve.model.config import ModelConfig
+from tolserve.model.networks import MemoryNetworks
+from tolserve.model.pack import PackError
+from tolserve.tol.table import Table
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def table_rows(table: Table, tokens: Sequence[int], layers: Sequence[int]) -> Tensor:
+    """Rows as a step would add them, float32 [tokens, layers, d]; zeros of layers that the table has dropped. Raises
+    RecordError."""
+    manifest = table.manifest
+    records = torch.from_numpy(np.stack([table.read_record(token) for token in tokens]))
+    slots = torch.arange(len(tokens))
+    factors = {layer: torch.from_numpy(bits).view(torch.bfloat16) for layer, bits in table.read_factors().items()}
+    found = torch.zeros(len(tokens), len(layers), manifest.hidden_size)
+    for index, layer in enumerate(layers):
+        if layer in manifest.dropped_layers:
+            continue
+        group, row = manifest.row_layout(layer)
+        factor = factors[layer].float() if factors else None
+        found[:, index], _ = add_rows(
+            records,
+            slots,
+            torch.zeros(len(tokens), manifest.hidden_size),
+            torch.ones(manifest.hidden_size),
+            1e-6,
+            offset=manifest.groups[group].offset + row.offset,
+            values=row.values,
+            group_size=row.group_size,
+            factor=factor,
+        )
+    return found
+
+
+def rows_from(source: Path, tokens: Sequence[int], layers: Sequence[int], config: ModelConfig) -> Tensors:
+    """Another model's rows instead of one's own; `source` is its table, or its directory with one in tol/ or with
+    memory networks. Rows that bf16 holds exactly are stored so.
+
+    Raises PackError for a model of another shape, and what reading it raises.
+    """
+    path = source / "tol" if (source / "tol").is_dir() else source
+    if (path / "manifest.json").exists() or not (source / "config.json").exists():
+        table = Table.open(path)
+        shape = (table.manifest.vocab_size, table.manifest.num_layers, table.manifest.hidden_size)
+        _check_shape(source, shape, config)
+        rows = table_rows(table, tokens, layers)
+    else:
+        other = ModelConfig.load(source)
+        _check_shape(source, (other.vocab_size, other.num_hidden_layers, other.hidden_size), config)
+        networks = MemoryNetworks(source, tuple(layers))
+        rows = torch.stack([networks.rows(layer, tokens) for layer in layers], dim=1).to(torch.bfloat16).float()
+    flat = rows.flatten(0, 1)
+    rounded = flat.to(torch.bfloat16)
+    return (*_grid(tokens, layers), torch.zeros(len(flat)), rounded if torch.equal(rounded.float(), flat) else flat)
+
+
+def _check_shape(source: Path, shape: tuple[int, int, int], config: ModelConfig) -> None:
+    wanted = (config.vocab_size, config.num_hidden_layers, config.hidden_size)
+    if shape != wanted:
+        names = "tokens, layers and hidden size"
+        raise PackError(f"--from {source}: its {names} are {shape}, and the model's {wanted}; they must be the same")
+
+
+def scaled_rows(tokens: Sequence[int], layers: Sequence[int], scale: float, hidden_size: int) -> Tensors:
+    """The tokens' rows times a number; 0 suppresses them."""
+    count = len(tokens) * len(layers)
+    return (*_grid(tokens, layers), torch.full((count,), scale), torch.zeros(count, hidden_size, dtype=torch.bfloat16))
+
+
+def _grid(tokens: Sequence[int], layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    pairs = torch.tensor([(token, layer) for token in tokens for layer in layers], dtype=torch.int32)
+    return pairs[:, 0], pairs[:, 1]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A memory cell of one layer (paper eq. 2.7-2.8): its coefficient for each token [V] and its value [d], float32."""
+
+    layer: int
+    coefficients: Tensor
+    value: Tensor
+
+    @classmethod
+    def read(cls, model_dir: Path, layer: int, cell: int) -> "Cell":
+        """Raises PackError for a cell that does not exist, CheckpointError for a model without memory networks."""
+        config = ModelConfig.load(model_dir)
+        if not config.has_memory:
+            raise CheckpointError(f"{model_dir} is a base model: its FFNs have no table")
+        if not (0 <= layer < config.num_hidden_layers and 0 <= cell < config.intermediate_size):
+            raise PackError(
+                f"--layer {layer} --cell {cell}: the model has layers 0 to {config.num_hidden_layers - 1} with cells 0 "
+                f"to {config.intermediate_size - 1} each"
+            )
+        name = f"model.layers.{layer}.memory"
+        names = [f"{name}_layernorm.weight", *(f"{name}.{part}_proj.weight" for part in ("gate", "up", "down"))]
+        embedding, norm, gate, up, down = read_copies(model_dir, ["model.embed_tokens.weight", *names])
+        query = F.rms_norm(embedding.float(), norm.shape, norm.float(), config.rms_norm_eps)
+        coefficients = (query @ up[cell].float()) * F.silu(query @ gate[cell].float())
+        return cls(layer, coefficients, down[:, cell].float().clone())
+
+    def strongest(self, share: float) -> list[int]:
+        """The tokens whose coefficient is at least this share of the largest, by size."""
+        size = self.coefficients.abs()
+        return torch.nonzero(size >= share * size.max()).flatten().tolist()
+
+    def edit(self, tokens: Sequence[int], times: float, direction: Tensor | None = None) -> Tensors:
+        """The cell counts `times` as much for these tokens, its value replaced by `direction` [d] at the value's own
+        length where one is given."""
+        value = self.value
+        if direction is not None:
+            value = direction.float() * (self.value.norm() / direction.float().norm().clamp(min=1e-12))
+        own = self.coefficients[torch.tensor(tokens, dtype=torch.int64)].unsqueeze(1)
+        rows = own * (times * value - self.value)
+        return (*_grid(tokens, [self.layer]), torch.ones(len(rows)), rows)
+
+
+def embedding_of(model_dir: Path, token: int) -> Tensor:
+    """A token's embedding [d], in the checkpoint's precision."""
+    (embedding,) = read_copies(model_dir, ["model.embed_tokens.weight"])
+    return embedding[token]
