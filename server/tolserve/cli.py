@@ -24,7 +24,11 @@ from tolserve.settings import (
     Options,
     PackSettings,
     ServeSettings,
+    StudyAlphaSettings,
+    StudyDropLayerSettings,
+    StudyLowrankSettings,
     StudyParamsSettings,
+    StudyQuantizeSettings,
     TableBuildSettings,
     TableExportSettings,
     TableFreqSettings,
@@ -34,6 +38,7 @@ from tolserve.settings import (
     TableVerifySettings,
     TrainSettings,
 )
+from tolserve.study import commands as study
 
 
 class _Bar:
@@ -385,13 +390,6 @@ def _way(settings: PackSettings) -> str:
     return f"cell {settings.cell} times {1 if settings.times is None else settings.times:g}{value}"
 
 
-def study_params(settings: StudyParamsSettings) -> None:
-    from tolserve.study.params import render, report
-
-    rows = report()
-    print(json.dumps(rows, indent=2) if settings.json_output else render(rows))
-
-
 def _table_dir(given: Path) -> Path:
     """A table's own folder, or the one that a model directory carries."""
     return given / "tol" if (given / "config.json").exists() else given
@@ -424,7 +422,11 @@ COMMANDS = {
     ("table", "plan"): Command(TablePlanSettings, table_plan),
     ("table", "replay"): Command(TableReplaySettings, table_replay),
     ("pack",): Command(PackSettings, pack),
-    ("study", "params"): Command(StudyParamsSettings, study_params),
+    ("study", "params"): Command(StudyParamsSettings, study.params),
+    ("study", "alpha"): Command(StudyAlphaSettings, study.alpha),
+    ("study", "drop-layer"): Command(StudyDropLayerSettings, study.drop_layer),
+    ("study", "quantize"): Command(StudyQuantizeSettings, study.quantize),
+    ("study", "lowrank"): Command(StudyLowrankSettings, study.lowrank),
 }
 
 

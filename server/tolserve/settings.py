@@ -65,6 +65,9 @@ SequenceCounts = Annotated[
 TokenWords = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 LayerNumbers = Annotated[str, Field(pattern=r"^([0-9]{1,4}(,[0-9]{1,4})*)?$")]
 Factor = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
+Numbers = Annotated[
+    tuple[Annotated[float, Field(allow_inf_nan=False)], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
+]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # Each takes two buffers of a record in RAM.
 ReadDepth = Annotated[int, Field(ge=1, le=256)]
@@ -460,3 +463,47 @@ class StudyParamsSettings(Options):
     """Active and total parameters of the paper's fifteen configurations."""
 
     json_output: bool = Field(False, description="print them as JSON")
+
+
+class StudyOptions(Options):
+    """What the studies share that measure trained models."""
+
+    model: CliPositionalArg[list[Path]] = Field(min_length=1, description="model directories, one or several")
+    out: Path = Field(description="folder for NAME.json, NAME.md and NAME.png")
+    threads: Positive | None = Field(None, description="CPU threads; all cores if not given")
+    json_output: bool = Field(False, description="print the whole study as JSON")
+
+
+class TaskOptions(StudyOptions):
+    """What a study measures."""
+
+    text: list[Path] = Field([], description="text to measure perplexity on, .jsonl or .txt, may end in .gz; several")
+    tokens: Positive | None = Field(None, description="tokens of each text, about; all if not given")
+    length: Positive = Field(1024, description="tokens of a window; at most the model's context")
+    blimp: Path | None = Field(None, description="BLiMP's zip, to measure its accuracies as well")
+    pairs: Positive = Field(200, description="pairs of each of BLiMP's paradigms; it has 1,000")
+
+
+class StudyAlphaSettings(TaskOptions):
+    """Feed-forward outputs scaled from 1 to 0: perplexity and BLiMP (Fig. 7, Table 1)."""
+
+    alphas: Numbers = Field((1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.0), description="scales, as 1,0.5,0")
+
+
+class StudyDropLayerSettings(TaskOptions):
+    """One layer's feed-forward output left out, every layer in turn (Fig. 4, 12)."""
+
+
+class StudyQuantizeSettings(TaskOptions):
+    """Tables of 16, 8 and 4 bits: bytes, perplexity and BLiMP (Table 7)."""
+
+    group_size: Positive = Field(64, description="values per scale of int8 and int4")
+
+
+class StudyLowrankSettings(TaskOptions):
+    """Singular spectra of the rows, and rows of lower rank (Table 8, Fig. 13)."""
+
+    cuts: Numbers = Field((0.1, 0.2, 0.3, 0.4, 0.5), description="shares of the rank cut off in all layers, as 0.1,0.5")
+    energies: Numbers = Field(
+        (0.999, 0.99, 0.97, 0.95, 0.9, 0.8), description="shares of the squared norm kept in each layer, as 0.99,0.9"
+    )

@@ -1,6 +1,6 @@
 """Low-rank tables: the directions that a layer's rows over the whole vocabulary are made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,23 +39,35 @@ class RankChoice:
         return max(self.step, min(-(-rank // self.step) * self.step, width // self.step * self.step))
 
 
+def main_directions(batches: Iterable[Tensor], width: int) -> tuple[Tensor, Tensor]:
+    """Of rows [n, width], given in batches: squared singular values [width], largest first, and the right singular
+    vectors that belong to them, as rows [width, width]; both float64.
+
+    From the Gram matrix, which needs width^2 values of memory instead of all rows. Squaring halves the digits, which
+    would matter below 1e-8 of the largest singular value: far below what any rank keeps.
+    """
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    for batch in batches:
+        rows = batch.double()
+        gram.addmm_(rows.T, rows)
+    eigenvalues, vectors = torch.linalg.eigh(gram)  # smallest first
+    return eigenvalues.flip(0), vectors.flip(1).T
+
+
 def compute_factors(
     networks: MemoryNetworks, layers: tuple[int, ...], choice: RankChoice, progress: Callable[[int, int], None]
 ) -> Factors:
-    """The first right singular vectors of each layer's rows [vocab_size, d], from their Gram matrix in float64.
-
-    The Gram matrix needs d^2 values of memory instead of vocab_size * d. Squaring halves the digits, which would matter
-    below 1e-8 of the largest singular value: far below what any rank keeps. `progress` counts networks run.
-    """
+    """The first right singular vectors of each layer's rows [vocab_size, d]. `progress` counts networks run."""
     vocab_size, parts = networks.config.vocab_size, []
-    for done, layer in enumerate(layers):
-        gram = torch.zeros(networks.config.hidden_size, networks.config.hidden_size, dtype=torch.float64)
+
+    def rows_of(done: int, layer: int) -> Iterator[Tensor]:
         for tokens in networks.batches():
-            rows = networks.rows(layer, tokens).double()
-            gram.addmm_(rows.T, rows)
+            yield networks.rows(layer, tokens)
             progress(done * vocab_size + tokens.stop, len(layers) * vocab_size)
-        eigenvalues, vectors = torch.linalg.eigh(gram)  # smallest first
-        parts.append(vectors.flip(1)[:, : choice.of(eigenvalues.flip(0))].T.to(torch.bfloat16))
+
+    for done, layer in enumerate(layers):
+        eigenvalues, vectors = main_directions(rows_of(done, layer), networks.config.hidden_size)
+        parts.append(vectors[: choice.of(eigenvalues)].to(torch.bfloat16))
     values = torch.cat(parts).contiguous().view(torch.uint16).numpy()
     return Factors(np.ascontiguousarray(values), tuple(map(len, parts)), choice.describe(layers))
 

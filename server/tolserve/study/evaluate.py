@@ -7,7 +7,7 @@ rows, a base model's FFN. One number for all layers, or one for each.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from tolkernels import add_rows
 from tolserve.model.blocks import AddRow, rotary_tables
 from tolserve.model.checkpoint import load_transformer
 from tolserve.model.config import ModelConfig
@@ -24,6 +25,8 @@ from tolserve.model.networks import TOKENS_PER_BATCH
 from tolserve.model.transformer import Transformer, causal_attention, no_rows
 from tolserve.study.params import count_parameters
 from tolserve.study.report import StudyError
+from tolserve.tol.encoding import RowLayout
+from tolserve.tol.table import Table
 from tolserve.train.data import DataError, Tokens, read_documents
 from tolserve.train.evaluate import HeldOut, Loss, windows
 
@@ -153,6 +156,34 @@ def network_rows(studied: Studied) -> Rows:
         part = slice(start, start + TOKENS_PER_BATCH)
         for index, layer in enumerate(studied.model.model.layers):
             rows[part, index] = layer.memory_row(embedding[part])
+    return rows
+
+
+def decode(records: Tensor, layout: RowLayout, hidden_size: int, factor: Tensor | None = None) -> Tensor:
+    """A layer's rows float32 [n, hidden_size] out of records or parts of them, uint8 [n, bytes], by the kernel that
+    serves. `factor` float32 [width, hidden_size] is a lowrank layer's."""
+    slots, zeros = torch.arange(len(records)), torch.zeros(len(records), hidden_size)
+    how: dict[str, Any] = {"offset": layout.offset, "values": layout.values, "group_size": layout.group_size}
+    # The norm that comes with the sum is not asked for.
+    return add_rows(records, slots, zeros, torch.ones(hidden_size), 1e-5, **how, factor=factor)[0]
+
+
+@torch.inference_mode()
+def table_rows(table: Table) -> Rows:
+    """All rows that a table holds, as serving reads them; zero in dropped layers.
+
+    Takes 4 * vocab_size * layers * hidden_size bytes, and the records'. Raises RecordError, TableError.
+    """
+    manifest = table.manifest
+    records = torch.from_numpy(np.stack([table.read_record(token) for token in range(manifest.vocab_size)]))
+    rows = torch.zeros(manifest.vocab_size, manifest.num_layers, manifest.hidden_size)
+    factors = table.read_factors()
+    for layer in manifest.layers:
+        group, layout = manifest.row_layout(layer)
+        part = replace(layout, offset=manifest.groups[group].offset + layout.offset)
+        bits = factors.get(layer)
+        factor = torch.from_numpy(bits).view(torch.bfloat16).float() if bits is not None else None
+        rows[:, layer] = decode(records, part, manifest.hidden_size, factor)
     return rows
 
 
