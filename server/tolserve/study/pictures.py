@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PANEL = (4.2, 3.4)  # inches
-_COLUMNS = 3
 
 
 def measures(row: dict[str, Any]) -> list[str]:
@@ -17,8 +16,8 @@ def measures(row: dict[str, Any]) -> list[str]:
 
 
 def panels(figure: "Figure", titles: Sequence[str]) -> "list[Axes]":
-    """One set of axes for each title, at most three beside each other."""
-    columns = min(_COLUMNS, len(titles))
+    """One set of axes for each title, three beside each other, or two over two."""
+    columns = 2 if len(titles) == 4 else min(3, len(titles))
     lines = -(-len(titles) // columns)
     figure.set_size_inches(_PANEL[0] * columns, _PANEL[1] * lines)
     grid = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
