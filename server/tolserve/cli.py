@@ -25,10 +25,13 @@ from tolserve.settings import (
     PackSettings,
     ServeSettings,
     StudyAlphaSettings,
+    StudyCompareSettings,
     StudyDropLayerSettings,
     StudyLowrankSettings,
     StudyParamsSettings,
+    StudyPruneSettings,
     StudyQuantizeSettings,
+    StudyTkvSettings,
     TableBuildSettings,
     TableExportSettings,
     TableFreqSettings,
@@ -427,6 +430,9 @@ COMMANDS = {
     ("study", "drop-layer"): Command(StudyDropLayerSettings, study.drop_layer),
     ("study", "quantize"): Command(StudyQuantizeSettings, study.quantize),
     ("study", "lowrank"): Command(StudyLowrankSettings, study.lowrank),
+    ("study", "prune"): Command(StudyPruneSettings, study.prune),
+    ("study", "tkv"): Command(StudyTkvSettings, study.tkv),
+    ("study", "compare"): Command(StudyCompareSettings, study.compare),
 }
 
 

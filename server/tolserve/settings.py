@@ -68,6 +68,11 @@ Factor = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
 Numbers = Annotated[
     tuple[Annotated[float, Field(allow_inf_nan=False)], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
 ]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), Field(min_length=1)]
+Cells = Annotated[tuple[Annotated[int, Field(ge=0)], ...], NoDecode, BeforeValidator(_split)]
+PruneMethods = Annotated[
+    tuple[Literal["magnitude", "wanda", "sparsegpt"], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
+]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # Each takes two buffers of a record in RAM.
 ReadDepth = Annotated[int, Field(ge=1, le=256)]
@@ -466,17 +471,17 @@ class StudyParamsSettings(Options):
 
 
 class StudyOptions(Options):
-    """What the studies share that measure trained models."""
+    """What all studies share that write files."""
 
-    model: CliPositionalArg[list[Path]] = Field(min_length=1, description="model directories, one or several")
     out: Path = Field(description="folder for NAME.json, NAME.md and NAME.png")
     threads: Positive | None = Field(None, description="CPU threads; all cores if not given")
     json_output: bool = Field(False, description="print the whole study as JSON")
 
 
 class TaskOptions(StudyOptions):
-    """What a study measures."""
+    """Trained models, and what a study measures on them."""
 
+    model: CliPositionalArg[list[Path]] = Field(min_length=1, description="model directories, one or several")
     text: list[Path] = Field([], description="text to measure perplexity on, .jsonl or .txt, may end in .gz; several")
     tokens: Positive | None = Field(None, description="tokens of each text, about; all if not given")
     length: Positive = Field(1024, description="tokens of a window; at most the model's context")
@@ -507,3 +512,50 @@ class StudyLowrankSettings(TaskOptions):
     energies: Numbers = Field(
         (0.999, 0.99, 0.97, 0.95, 0.9, 0.8), description="shares of the squared norm kept in each layer, as 0.99,0.9"
     )
+
+
+class StudyPruneSettings(TaskOptions):
+    """The first model, a base one, pruned to the active parameters of each other one (Fig. 11)."""
+
+    calibration: Path = Field(description="text that wanda and sparsegpt see, best of what the model was trained on")
+    sequences: Positive = Field(32, description="windows of --calibration, each from a document of its own")
+    methods: PruneMethods = Field(("magnitude", "wanda", "sparsegpt"), description="as magnitude,wanda,sparsegpt")
+
+
+class StudyTkvSettings(StudyOptions):
+    """Memory networks read as tokens, keys and values: clusters, outliers, neighbours, cells (Fig. 5, 6)."""
+
+    model: CliPositionalArg[Path] = Field(description="model directory, memory or flex, with its memory.* tensors")
+    layer: int = Field(0, ge=0, description="layer whose clusters, neighbours and cells are shown")
+    clusters: int = Field(32, ge=2, description="clusters of each layer")
+    token: list[str] = Field([], description="token whose neighbours to show, as ' king'; several")
+    cells: Cells = Field((), description="cells to read, as 3,17; the strongest ones if not given")
+    sample: int = Field(4096, ge=2, description="tokens that stand for the vocabulary in clusters and figures")
+    projection: Literal["tsne", "pca"] = Field("tsne", description="of the picture; pca is quicker")
+    seed: int = Field(0, ge=0, lt=2**32, description="of sample, clusters and projection")
+
+
+class StudyCompareSettings(StudyOptions):
+    """Base, flex and memory trained with one recipe, and a base of as many active parameters (Table 2, Fig. 9, 10)."""
+
+    data: list[Path] = Field(min_length=1, description="training text as of `train`, in this order")
+    held_out: Path = Field(description="text that no run trains on")
+    tokenizer: Path | None = Field(None, description="tokenizer.json to use; trained on --data if not given")
+    variants: Words = Field(
+        ("base:3", "memory:3", "flex-3", "flex-2", "flex-1", "base-small"),
+        description="which, and how many seeds of each, as base:3,flex-1",
+    )
+    vocab_size: Positive = 4096
+    hidden_size: Positive = Field(128, description="of all but base-small, whose width follows")
+    num_hidden_layers: Positive = 8
+    num_attention_heads: Positive = 4
+    batch: Positive = Field(16, description="sequences per step")
+    length: Positive = Field(512, description="tokens per sequence")
+    steps: Positive = 1280
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up")
+    peak_lr: PositiveFloat = 3e-3
+    min_lr: NotNegativeFloat = 1.5e-4
+    save_every: Positive = Field(40, description="steps between saves of resumable state")
+    text: list[Path] = Field([], description="text to measure perplexity on beside --held-out; several")
+    blimp: Path | None = Field(None, description="BLiMP's zip, to measure its accuracies as well")
+    pairs: Positive = Field(200, description="pairs of each of BLiMP's paradigms; it has 1,000")

@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tiny import TEXT
+from tolserve.cli import main
 from tolserve.model.presets import SIZES, preset
+from tolserve.settings import StudyCompareSettings
 from tolserve.study import compare
 from tolserve.study.compare import PAPER_ORDER, SMALL, Shape, folder_name, paper_order, planned, variant_config
+from tolserve.study.evaluate import load
 from tolserve.study.params import count_parameters
 from tolserve.study.report import StudyError, write
+from tolserve.study.tasks import Tasks
 from tolserve.train.loop import Recipe, Run, TrainError
 
 SHAPE = Shape(hidden_size=48, layers=2, heads=2, vocab_size=300)
@@ -89,7 +93,7 @@ def test_runs_are_trained_resumed_and_skipped(
 ) -> None:
     """A study that is stopped and started again ends where one that was not ends, without training anything twice."""
     seeds = {"base": 2, "memory": 1, SMALL: 1}
-    whole = compare.run(seeds, shape, recipe, tmp_path / "whole", save_every=2)
+    whole = compare.run(seeds, shape, recipe, tmp_path / "whole", 2)
     steps: list[str] = []
     train_step = Run.train_step
 
@@ -101,10 +105,10 @@ def test_runs_are_trained_resumed_and_skipped(
 
     monkeypatch.setattr(Run, "train_step", counted)
     with pytest.raises(KeyboardInterrupt):
-        compare.run(seeds, shape, recipe, tmp_path / "stopped", save_every=2)
+        compare.run(seeds, shape, recipe, tmp_path / "stopped", 2)
     steps.clear()
     monkeypatch.setattr(Run, "train_step", lambda run, batch: steps.append(run.out.name) or train_step(run, batch))
-    again = compare.run(seeds, shape, recipe, tmp_path / "stopped", save_every=2)
+    again = compare.run(seeds, shape, recipe, tmp_path / "stopped", 2)
     expected = ["memory-s0"] * 4 + ["base-small-s0"] * 6 + ["base-s1"] * 6  # memory was stopped behind step 3 of 6
     assert steps == expected
     assert again.rows == whole.rows
@@ -112,13 +116,13 @@ def test_runs_are_trained_resumed_and_skipped(
         run["bits_per_byte"] for run in whole.extra["runs"]
     ]
     steps.clear()
-    third = compare.run(seeds, shape, recipe, tmp_path / "stopped", save_every=2)
+    third = compare.run(seeds, shape, recipe, tmp_path / "stopped", 2)
     assert (steps, third.rows) == ([], whole.rows)
     with pytest.raises(StudyError, match="another recipe"):
-        compare.run(seeds, shape, replace(recipe, steps=7), tmp_path / "stopped", save_every=2)
+        compare.run(seeds, shape, replace(recipe, steps=7), tmp_path / "stopped", 2)
     (tmp_path / "stopped" / "base-s0" / "figures.json").unlink()
     with pytest.raises(TrainError, match="another recipe"):
-        compare.run(seeds, shape, replace(recipe, steps=7), tmp_path / "stopped", save_every=2)
+        compare.run(seeds, shape, replace(recipe, steps=7), tmp_path / "stopped", 2)
 
 
 def test_the_report_holds_what_training_left(tmp_path: Path, shape: Shape, recipe: Recipe) -> None:
@@ -131,12 +135,64 @@ def test_the_report_holds_what_training_left(tmp_path: Path, shape: Shape, recip
     assert memory["spread"] > 0
     assert memory["bits_per_byte_zeroed"] == np.mean([f["held_out_memory_zeroed"]["bits_per_byte"] for f in figures])
     assert memory["perplexity"] == np.mean([math.exp(f["held_out"]["nats_per_token"]) for f in figures])
-    assert (base["spread"], base["bits_per_byte_zeroed"], base["blimp"]) == (None, None, None)
+    assert (base["spread"], base["bits_per_byte_zeroed"]) == (None, None)
     assert base["total"] == base["active"] > memory["active"]
     assert study.extra["runs"][0]["curve"][-1][0] == recipe.steps * recipe.batch * recipe.length
     written = write(study, tmp_path, lambda figure: compare.draw(study, figure))
     assert [path.name for path in written] == ["compare.json", "compare.md", "compare.png"]
     assert json.loads(written[0].read_text())["rows"] == study.rows
+
+
+def test_further_tasks_are_measured_for_each_run(tmp_path: Path, shape: Shape, recipe: Recipe, blimp_zip: Path) -> None:
+    tasks = Tasks((Path(str(recipe.held_out)),), length=24, blimp=blimp_zip)
+    study = compare.run({"memory": 2}, shape, recipe, tmp_path, tasks=tasks)
+    scores = [tasks.read(load(tmp_path / f"memory-s{seed}")).score().columns for seed in (0, 1)]
+    assert scores[0].keys() >= {"ppl unseen", "blimp recall", "blimp structure", "blimp all"}
+    for name in scores[0]:
+        assert study.rows[0][name] == np.mean([score[name] for score in scores])
+
+
+def test_without_a_tokenizer_one_is_trained_for_all_runs(tmp_path: Path, recipe: Recipe) -> None:
+    own = replace(recipe, tokenizer=None, steps=1)
+    first = compare.run({"base": 1, "memory": 1}, replace(SHAPE, vocab_size=280), own, tmp_path)
+    files = [tmp_path / name / "tokenizer.json" for name in (".", "base-s0", "memory-s0")]
+    assert len({Tokenizer.from_file(str(path)).to_str() for path in files}) == 1
+    assert Tokenizer.from_file(str(files[0])).get_vocab_size() == 280
+    assert compare.run({"base": 1, "memory": 1}, replace(SHAPE, vocab_size=280), own, tmp_path).rows == first.rows
+
+
+def test_the_commands_defaults_are_a_recipe_for_two_cores(tmp_path: Path) -> None:
+    """1.6M parameters without embeddings and 10.5M tokens, the paper's recipe for the rest."""
+    argv = ["--data", "a.txt", "--held-out", "b.txt", "--tokenizer", "t.json", "--out", str(tmp_path)]
+    settings = StudyCompareSettings.load(argv, "tolserve study compare")
+    recipe = compare.recipe_of(settings.model_dump(mode="json"))
+    assert recipe.batch * recipe.length * recipe.steps == 10_485_760
+    assert (recipe.weight_decay, recipe.beta1, recipe.beta2, recipe.z_loss) == (0.1, 0.9, 0.95, 1e-6)
+    assert (recipe.data, recipe.held_out, recipe.tokenizer) == (("a.txt",), "b.txt", "t.json")
+    assert compare.seeds_of(settings.variants).keys() == set(PAPER_ORDER)
+    assert planned(compare.seeds_of(settings.variants))[:2] == [("base", 0), ("memory", 0)]
+
+
+def test_the_command_trains_and_tells_the_order(
+    tmp_path: Path, recipe: Recipe, shape: Shape, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["--data", recipe.data[0], "--held-out", str(recipe.held_out), "--tokenizer", str(recipe.tokenizer)]
+    sizes = {"hidden-size": 16, "num-hidden-layers": 1, "num-attention-heads": 2, "vocab-size": shape.vocab_size}
+    rates = {"batch": 2, "length": 16, "steps": 2, "warmup": 1, "threads": 1}
+    options = [word for name, value in (sizes | rates).items() for word in (f"--{name}", str(value))]
+    argv = ["study", "compare", *texts, *options, "--out", str(tmp_path), "--variants", "base:2,memory"]
+    assert main(argv) == 0
+    assert "base before memory: by" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base-s0", "base-s1", "memory-s0"]
+    assert main([*argv, "--json"]) == 0
+    assert [row["seeds"] for row in json.loads(capsys.readouterr().out)["rows"]] == [2, 1]
+
+
+@pytest.mark.parametrize("variants", [["flex-4"], ["base:0"], ["base:x"], ["base:"], ["base", "base:2"]])
+def test_variants_that_are_none_are_refused(variants: list[str]) -> None:
+    with pytest.raises(StudyError, match="NAME:SEEDS"):
+        compare.seeds_of(variants)
+    assert compare.seeds_of(["base:2", "flex-1"]) == {"base": 2, "flex-1": 1}
 
 
 def runs_of(bits: dict[str, list[float]]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What a study leaves behind: JSON that holds all of it, a table, a picture."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,11 @@ def test_json_holds_everything_and_the_table_is_markdown(tmp_path: Path) -> None
     assert paths[1].read_text() == (
         "| name | ppl | bytes |\n| --- | --- | --- |\n| one | 24.348 | 1,234 |\n| b | - | 5 |\n"
     )
+
+
+def test_notes_stand_behind_the_table(tmp_path: Path) -> None:
+    paths = write(replace(STUDY, rows=STUDY.rows[:1], notes=["first note", "second"]), tmp_path, None)
+    assert paths[1].read_text().endswith("| one | 24.348 | 1,234 |\n\nfirst note\n\nsecond\n")
 
 
 def test_the_picture_is_the_same_each_time(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor
 from tiny import random_model, tiny_config
 from tolserve.study.params import count_parameters
 from tolserve.study.report import StudyError
-from tolserve.study.sparse import active_parameters, prune, share_to_keep, sparsegpt, wanda
+from tolserve.study.sparse import METHODS, active_parameters, prune, share_to_keep, sparsegpt, wanda
 
-METHODS = ["magnitude", "wanda", "sparsegpt"]
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.floats(0.01, 1.0), st.integers(0, 99))
 
 

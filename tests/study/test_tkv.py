@@ -1,5 +1,6 @@
 """Coefficients against the networks and float64; neighbours, clusters and cells against an obvious search."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 
 from reference import Reference, silu, weights_of
 from tiny import random_model, tiny_config
+from tolserve.cli import main
 from tolserve.model.checkpoint import load_transformer
 from tolserve.model.config import ModelConfig
 from tolserve.settings import DEMO_MODEL
@@ -212,3 +214,18 @@ def test_what_a_model_cannot_be_asked_is_refused(
         tkv.run(tiny_model_dir, layer=2)
     with pytest.raises(StudyError, match="base model"):
         tkv.run(model_dir_of(tiny_config("base")))
+
+
+def test_the_command_writes_and_prints_what_people_read(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["study", "tkv", str(tiny_model_dir), "--out", str(tmp_path), "--clusters", "3", "--projection", "pca"]
+    assert main([*argv, "--token", "e", "--token", "T", "--cells", "5,6", "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    for line in ("layer 0, cluster 2 of", "layer 0, nearest to 'T':", "layer 0, cell 6: asked by"):
+        assert line in printed
+        assert line in (tmp_path / "tkv.md").read_text()
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "tkv.json").read_text())
+    assert main([*argv, "--token", "two words"]) == 1
+    assert "--token 'two words'" in capsys.readouterr().err

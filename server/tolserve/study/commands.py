@@ -13,11 +13,14 @@ from tqdm import tqdm
 
 from tolserve.settings import (
     StudyAlphaSettings,
+    StudyCompareSettings,
     StudyDropLayerSettings,
     StudyLowrankSettings,
     StudyOptions,
     StudyParamsSettings,
+    StudyPruneSettings,
     StudyQuantizeSettings,
+    StudyTkvSettings,
     TaskOptions,
 )
 
@@ -65,6 +68,50 @@ def lowrank(settings: StudyLowrankSettings) -> None:
     )
 
 
+def prune(settings: StudyPruneSettings) -> None:
+    from tolserve.study.prune import Calibration, draw, run
+
+    calibration = Calibration(settings.calibration, settings.sequences)
+    finish(
+        settings,
+        lambda progress: run(settings.model, tasks(settings), calibration, settings.methods, progress),
+        draw,
+    )
+
+
+def tkv(settings: StudyTkvSettings) -> None:
+    from tolserve.study.tkv import draw, run
+
+    names = ("layer", "clusters", "cells", "sample", "projection", "seed")
+    given = {name: getattr(settings, name) for name in names} | {"tokens": settings.token}
+    finish(
+        settings,
+        lambda progress: run(settings.model, **given, progress=progress),
+        draw,
+        packages=("matplotlib", "sklearn"),
+    )
+
+
+def compare(settings: StudyCompareSettings) -> None:
+    from tolserve.study.compare import Shape, draw, recipe_of, run, seeds_of
+    from tolserve.study.tasks import Tasks
+    from tolserve.train.loop import keep_freed_memory
+
+    keep_freed_memory()
+    given = settings.model_dump(mode="json")
+    shape = Shape(*(given[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")))
+    recipe = recipe_of(given)
+    tasks = None
+    if settings.text or settings.blimp is not None:
+        tasks = Tasks(tuple(settings.text), None, settings.length, settings.blimp, settings.pairs)
+    seeds = seeds_of(settings.variants)
+    finish(
+        settings,
+        lambda progress: run(seeds, shape, recipe, settings.out, settings.save_every, tasks, progress),
+        draw,
+    )
+
+
 def tasks(settings: TaskOptions) -> "Tasks":
     from tolserve.study.tasks import Tasks
 
@@ -97,5 +144,5 @@ def finish(
     if settings.json_output:
         print(json.dumps(asdict(study), indent=2))
         return
-    print(render(study.rows))
+    print("\n".join((render(study.rows), *study.notes)))
     print(f"\nwritten: {', '.join(map(str, paths))}")

@@ -7,7 +7,7 @@ Each run has a folder of its own, NAME-sSEED; one that is finished is taken as i
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from tolserve.model.config import ModelConfig
 from tolserve.model.presets import VARIANTS
-from tolserve.study.blimp import blimp
 from tolserve.study.evaluate import load
 from tolserve.study.params import count_parameters
 from tolserve.study.report import Study, StudyError, provenance
+from tolserve.study.tasks import Tasks, quiet
+from tolserve.train.data import read_documents
 from tolserve.train.loop import Recipe, Run
+from tolserve.train.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 SMALL = "base-small"
 # By rising held-out loss, as the paper found it: Table 2, Fig. 9 and 10.
 PAPER_ORDER = (*VARIANTS, SMALL)
-# Seeds of each that the report asks for: base and memory show the spread.
-DEFAULT_SEEDS = {name: 3 if name in ("base", "memory") else 1 for name in PAPER_ORDER}
 # Intermediate sizes are multiples of 8, as the paper's are.
 _MULTIPLE = 8
 
@@ -83,8 +83,29 @@ def _small(base: ModelConfig) -> ModelConfig:
     return replace(narrow, intermediate_size=_MULTIPLE + round(missing / per_cell / _MULTIPLE) * _MULTIPLE)
 
 
+def recipe_of(options: Mapping[str, Any]) -> Recipe:
+    """The recipe of all runs: data, rates and sizes as given, the rest as in the paper (section 4); clipping, which it
+    does not mention, at 1."""
+    names = ("held_out", "tokenizer", "batch", "length", "steps", "warmup", "peak_lr", "min_lr")
+    given = {name: options[name] for name in names} | {"data": tuple(options["data"]), "seed": 0}
+    return Recipe(**given, weight_decay=0.1, beta1=0.9, beta2=0.95, z_loss=1e-6, clip=1.0)
+
+
 def folder_name(name: str, seed: int) -> str:
     return f"{name.replace('flex-', 'flex')}-s{seed}"
+
+
+def seeds_of(variants: Sequence[str]) -> dict[str, int]:
+    """`base:3` is three seeds of base, `base` one. Raises StudyError for an unknown name or no seeds."""
+    seeds = {}
+    for given in variants:
+        name, _, count = given.partition(":")
+        if name not in PAPER_ORDER or name in seeds or not (count or "1").isdecimal() or int(count or 1) < 1:
+            raise StudyError(
+                f"--variants {given}: name each of {', '.join(PAPER_ORDER)} once at most, as NAME or NAME:SEEDS"
+            )
+        seeds[name] = int(count or 1)
+    return seeds
 
 
 def planned(seeds: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -111,8 +132,8 @@ def train_run(folder: Path, config: ModelConfig, recipe: Recipe, save_every: int
         raise StudyError(f"{path} holds another recipe; give --out a new folder, or the options of that one")
 
 
-def measure(folder: Path, name: str, seed: int, blimp_zip: Path | None, pairs: int) -> dict[str, Any]:
-    """Figures of a finished run: held-out loss as its training left it, parameters, BLiMP, the training curve.
+def measure(folder: Path, name: str, seed: int, tasks: Tasks | None) -> dict[str, Any]:
+    """Figures of a finished run: held-out loss as its training left it, parameters, `tasks`, the training curve.
 
     Raises StudyError for one that was trained without held-out text.
     """
@@ -124,19 +145,18 @@ def measure(folder: Path, name: str, seed: int, blimp_zip: Path | None, pairs: i
     with (folder / "loss.csv").open() as file:
         curve = [(int(row["tokens"]), float(row["loss"])) for row in csv.DictReader(file)]
     zeroed = figures.get("held_out_memory_zeroed")
-    accuracies = blimp(load(folder), blimp_zip, pairs_per_paradigm=pairs) if blimp_zip is not None else None
     return {
         "variant": name,
         "seed": seed,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        "d": config.hidden_size,
+        "K": config.intermediate_size,
         "active": count.active,
         "total": count.total,
         "training_tokens": figures["training_tokens"],
         "bits_per_byte": figures["held_out"]["bits_per_byte"],
         "perplexity": math.exp(figures["held_out"]["nats_per_token"]),
         "bits_per_byte_zeroed": zeroed and zeroed["bits_per_byte"],
-        "blimp": accuracies and mean(accuracies.values()),
+        "tasks": tasks.read(load(folder)).score().columns if tasks is not None else {},
         "curve": curve,
     }
 
@@ -148,12 +168,12 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not (of := [run for run in runs if run["variant"] == name]):
             continue
         bits = [run["bits_per_byte"] for run in of]
-        same = ("variant", "hidden_size", "intermediate_size", "active", "total", "training_tokens")
+        same = ("variant", "d", "K", "active", "total", "training_tokens")
         row = {key: of[0][key] for key in same} | {"seeds": len(of), "bits_per_byte": mean(bits)}
         row["spread"] = max(bits) - min(bits) if len(of) > 1 else None
-        for key in ("perplexity", "bits_per_byte_zeroed", "blimp"):
+        for key in ("perplexity", "bits_per_byte_zeroed"):
             row[key] = mean(run[key] for run in of) if of[0][key] is not None else None
-        rows.append(row)
+        rows.append(row | {key: mean(run["tasks"][key] for run in of) for key in of[0]["tasks"]})
     return rows
 
 
@@ -177,29 +197,53 @@ def paper_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def _order_in_words(pair: dict[str, Any]) -> str:
+    unknown = "no variant has two seeds, so the spread is not known"
+    sure = unknown if pair["clear"] is None else "beyond" if pair["clear"] else "within"
+    sure = sure if pair["clear"] is None else f"{sure} twice the standard error over seeds"
+    order = "as in the paper" if pair["as_the_paper"] else "NOT as in the paper"
+    return f"{pair['better']} before {pair['worse']}: by {pair['ahead']:.4f} bits per byte, {order}, {sure}"
+
+
 def run(
     seeds: Mapping[str, int],
     shape: Shape,
     recipe: Recipe,
     out: Path,
-    *,
     save_every: int = 250,
-    blimp_zip: Path | None = None,
-    pairs: int = 100,
+    tasks: Tasks | None = None,
+    progress: Callable[[int, int], None] = quiet,
 ) -> Study:
     """Train what is not trained yet, and compare. `seeds` says how many runs each variant gets, seeds 0, 1, ...;
-    `recipe`'s own seed does not count. Raises StudyError, TrainError, ConfigError, DataError."""
+    `recipe`'s own seed does not count. `tasks` are measured beside the held-out text. Without a tokenizer in `recipe`
+    one is trained for all runs. Raises StudyError, TrainError, ConfigError, DataError."""
     if recipe.held_out is None:
         raise StudyError("compare needs --held-out, text that no run trains on")
-    runs = planned(seeds)
     configs = {name: variant_config(name, shape, recipe.length) for name in seeds}
+    recipe = _with_tokenizer(recipe, shape.vocab_size, out)
+    measured: list[dict[str, Any]] = []
+    runs = planned(seeds)
     for name, seed in runs:
-        train_run(out / folder_name(name, seed), configs[name], replace(recipe, seed=seed), save_every)
-    measured = [measure(out / folder_name(name, seed), name, seed, blimp_zip, pairs) for name, seed in runs]
+        progress(len(measured), len(runs))
+        folder = out / folder_name(name, seed)
+        train_run(folder, configs[name], replace(recipe, seed=seed), save_every)
+        measured.append(measure(folder, name, seed, tasks))
+    progress(len(runs), len(runs))
     facts = {"shape": vars(shape), "recipe": {key: value for key, value in vars(recipe).items() if key != "seed"}}
-    counted = {"blimp_pairs_per_paradigm": pairs if blimp_zip else None}
-    extra = {"paper_order": paper_order(measured), "runs": measured}
-    return Study("compare", facts | counted | provenance(), summarise(measured), extra)
+    order = paper_order(measured)
+    extra = {"paper_order": order, "runs": measured}
+    return Study("compare", facts | provenance(), summarise(measured), extra, [_order_in_words(pair) for pair in order])
+
+
+def _with_tokenizer(recipe: Recipe, vocab_size: int, out: Path) -> Recipe:
+    if recipe.tokenizer is not None:
+        return recipe
+    path = out / "tokenizer.json"
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        texts = (text for data in recipe.data for text in read_documents(Path(data)))
+        train_tokenizer(texts, vocab_size).save(str(path))
+    return replace(recipe, tokenizer=str(path))
 
 
 def draw(study: Study, figure: "Figure") -> None:

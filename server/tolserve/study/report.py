@@ -27,12 +27,13 @@ class StudyError(ValueError):
 @dataclass(frozen=True)
 class Study:
     """`facts`: models, scale, texts, seed, command, versions. `rows`: the table, one dict a row, all with the same
-    keys. `extra`: whatever else belongs into the JSON."""
+    keys. `extra`: whatever else belongs into the JSON. `notes`: lines for people, behind the table."""
 
     name: str
     facts: dict[str, Any]
     rows: list[dict[str, Any]]
     extra: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def write(study: Study, out: Path, draw: "Callable[[Figure], None] | None") -> l
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{study.name}.json", out / f"{study.name}.md"]
     paths[0].write_text(json.dumps(asdict(study), indent=2) + "\n")
-    paths[1].write_text(_markdown(study.rows))
+    paths[1].write_text(_markdown(study.rows) + "".join(f"\n{note}\n" for note in study.notes))
     if draw is not None:
         require("matplotlib")
         from matplotlib.figure import Figure

@@ -16,6 +16,7 @@ from tolserve.model.transformer import Transformer, causal_attention, no_rows
 from tolserve.study.report import StudyError
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
+METHODS: tuple[Method, ...] = ("magnitude", "wanda", "sparsegpt")
 
 # Sequences of calibration text that run through a layer at once.
 _BATCH = 8

@@ -8,7 +8,7 @@ The paper gives no formula for its clustering coefficient or its outliers. Ours 
 `outliers_per_token`, and likeness of two tokens is always the cosine of their coefficients.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from torch import Tensor
 from tolserve.model.transformer import Transformer
 from tolserve.study.evaluate import Studied, load
 from tolserve.study.report import Study, StudyError, provenance, require
+from tolserve.study.tasks import quiet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -215,7 +216,7 @@ def token_of(tokenizer: Tokenizer, text: str) -> int:
     if len(ids) == 1:
         return int(ids[0])
     parts = ", ".join(repr(token_text(tokenizer, token)) for token in ids)
-    raise StudyError(f"--tokens {text!r} is {len(ids)} tokens ({parts or 'none'}); give one, often ' {text}'")
+    raise StudyError(f"--token {text!r} is {len(ids)} tokens ({parts or 'none'}); give one, often ' {text}'")
 
 
 def run(
@@ -228,12 +229,13 @@ def run(
     sample: int = 4096,
     projection: Projection = "tsne",
     seed: int = 0,
+    progress: Callable[[int, int], None] = quiet,
 ) -> Study:
     """Every layer's clustering and outliers; and of one `layer` its clusters, the neighbours of `tokens`, and `cells`,
     or the strongest ones where none are named.
 
     `sample` tokens stand for the vocabulary in clusters, projection and the figures per layer, and bound what is held:
-    4 * sample * K bytes, three times. Neighbours and what excites a cell are searched in the whole vocabulary.
+    4 * sample * K bytes, a few times. Neighbours and what excites a cell are searched in the whole vocabulary.
     Raises StudyError, ConfigError, CheckpointError.
     """
     require("sklearn")
@@ -245,7 +247,11 @@ def run(
     network = studied.model
     asked = torch.tensor([token_of(studied.tokenizer, text) for text in tokens], dtype=torch.int64)
     ids = sample_tokens(studied.config.vocab_size, sample, seed)
-    rows = [_layer_figures(network, index, ids, clusters, seed) for index in range(studied.config.num_hidden_layers)]
+    rows = []
+    for index in range(studied.config.num_hidden_layers):
+        progress(index, studied.config.num_hidden_layers + 1)
+        rows.append(_layer_figures(network, index, ids, clusters, seed))
+    progress(len(rows), len(rows) + 1)
     c = sampled_coefficients(network, layer, ids)
     points = unit(c)
     found = find_clusters(points, clusters, seed)
@@ -263,7 +269,8 @@ def run(
         },
     }
     chose = {"sample": len(ids), "clusters": clusters, "neighbours": NEIGHBOURS, "outlier_sigmas": OUTLIER_SIGMAS}
-    return Study("tkv", studied.facts() | chose | provenance(seed), rows, extra)
+    progress(len(rows) + 1, len(rows) + 1)
+    return Study("tkv", studied.facts() | chose | provenance(seed), rows, extra, list(_lines(extra)))
 
 
 def _layer_figures(model: Transformer, layer: int, ids: Tensor, clusters: int, seed: int) -> dict[str, Any]:
@@ -292,6 +299,23 @@ def _named_cell(tokenizer: Tokenizer, cell: Cell) -> dict[str, Any]:
     for key in ("promotes", "suppresses", "excited_by"):
         read[key] = [(token_text(tokenizer, token), number) for token, number in read[key]]
     return read
+
+
+def _lines(extra: dict[str, Any]) -> Iterator[str]:
+    """Clusters, neighbours and cells as people read them."""
+    layer = extra["layer"]
+    for number, cluster in enumerate(extra["clusters"]):
+        yield f"layer {layer}, cluster {number} of {cluster['size']} tokens: {_texts(cluster['central'])}"
+    for found in extra["neighbours"]:
+        yield f"layer {layer}, nearest to {found['token']!r}: {_texts(text for text, _ in found['nearest'])}"
+    for cell in extra["cells"]:
+        excited = ", ".join(f"{text!r} {c:.1f}" for text, c in cell["excited_by"])
+        promotes, suppresses = (_texts(text for text, _ in cell[key]) for key in ("promotes", "suppresses"))
+        yield f"layer {layer}, cell {cell['cell']}: asked by {excited}; promotes {promotes}; suppresses {suppresses}"
+
+
+def _texts(texts: Iterable[str]) -> str:
+    return " ".join(map(repr, texts))
 
 
 def draw(study: Study, figure: "Figure") -> None:
