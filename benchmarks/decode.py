@@ -2,12 +2,12 @@
 
     python benchmarks/decode.py --trace trace-llama3.npz --tables /fast/disk/tables --out results/decode.json
 
-Weights are random and next tokens are forced from a trace of real text (forced.py). Every step goes through the whole
-engine: scheduler, pager, layers, output head, sampler. A paged variant's device cache has a quarter of the bytes of
-base's feed-forward weights, whatever the table's encoding; behind it is the disk, or with `--sources host` a host tier
-that holds the whole table. `resident` holds all of it in the device tier. Variants take turns round by round, so that a
-slow minute of the machine hits them all; ratios are medians of per-round ratios. Needs torch, numpy and safetensors
-alone; `--device cuda` runs the same on a GPU. Tables of random records are written once and kept.
+Weights are random and next tokens are forced from a trace of real text (tolserve.study.forced). Every step goes through
+the whole engine: scheduler, pager, layers, output head, sampler. A paged variant's device cache has a quarter of the
+bytes of base's feed-forward weights, whatever the table's encoding; behind it is the disk, or with `--sources host` a
+host tier that holds the whole table. `resident` holds all of it in the device tier. Variants take turns round by round,
+so that a slow minute of the machine hits them all; ratios are medians of per-round ratios. Needs torch, numpy and
+safetensors alone; `--device cuda` runs the same on a GPU. Tables of random records are written once and kept.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forced import ForcedEngine, Text, Trace, read_trace
-from random_model import SIZE_NAMES, quarter_of_ffn, random_model, shape_of
-from random_table import table_of
 from report import machine, write
 
 from tolserve.engine.assemble import use_threads
 from tolserve.model.presets import VARIANTS
+from tolserve.study.forced import ForcedEngine, Text, Trace, read_trace
+from tolserve.study.random_model import SIZE_NAMES, quarter_of_ffn, random_model, shape_of
+from tolserve.study.random_table import table_of
 from tolserve.tol.policy import POLICIES
 
 

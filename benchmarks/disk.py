@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import report
-from random_table import random_table
 
+from tolserve.study.random_table import random_table
 from tolserve.tol import table as tables
 from tolserve.tol.disk import DiskSource, Read, ReadRequest
 from tolserve.tol.table import Bytes, Table

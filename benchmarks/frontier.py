@@ -17,12 +17,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from forced import Text, Trace, read_trace
 from peer import PeerProcess
 from peers import add_common_options, checked, llama_cpp, ours, tell_ready
-from random_model import quarter_of_ffn
-from random_table import table_of
 from report import machine, write
+
+from tolserve.study.forced import Text, Trace, read_trace
+from tolserve.study.random_model import quarter_of_ffn
+from tolserve.study.random_table import table_of
 
 WEIGHTS = {"auto": "16-bit", "int8": "int8", "int4": "int4"}
 COUNTED = ("tol_lookups_total", "tol_hits_total", "tol_stall_seconds_total")

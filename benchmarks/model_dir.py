@@ -14,16 +14,16 @@ from pathlib import Path
 
 import report
 import torch
-from random_table import random_table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tolserve.model.checkpoint import save_checkpoint
 from tolserve.model.config import ModelConfig
 from tolserve.model.presets import SIZES, preset
 from tolserve.model.transformer import Transformer
+from tolserve.study.random_table import random_table
 from tolserve.tol.table import Table, describe
 
-FINGERPRINT = "random"  # what random_table.py stamps
+FINGERPRINT = "random"  # what tolserve.study.random_table stamps
 
 
 def write_model(path: Path, config: ModelConfig, table: Path | None = None) -> Path:

@@ -19,9 +19,9 @@ from typing import Any
 
 import report
 from model_dir import write_model
-from random_table import random_table
 
 from tolserve.model.presets import preset
+from tolserve.study.random_table import random_table
 from tolserve.tol.table import Table
 
 ENGINE = """

@@ -37,9 +37,9 @@ from typing import Any
 
 import numpy as np
 import report
-from random_table import random_table
 
 from tolserve.metrics import Metrics
+from tolserve.study.random_table import random_table
 from tolserve.tol.disk import DiskSource, ReadRequest
 from tolserve.tol.encoding import Encoding
 from tolserve.tol.frequencies import most_frequent

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forced import ForcedEngine, read_trace
 from peer import serve
-from random_model import random_model
 
 from tolserve.engine.assemble import use_threads
 from tolserve.model.config import ModelConfig
+from tolserve.study.forced import ForcedEngine, read_trace
+from tolserve.study.random_model import random_model
 from tolserve.tol.table import Table
 
 

@@ -21,13 +21,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from forced import Text, Trace, read_trace
 from peer import PeerProcess, end_on_signals
-from random_model import SIZE_NAMES, quarter_of_ffn, shape_of
-from random_table import table_of
 from report import machine, write
 
 from tolserve.model.config import ModelConfig
+from tolserve.study.forced import Text, Trace, read_trace
+from tolserve.study.random_model import SIZE_NAMES, quarter_of_ffn, shape_of
+from tolserve.study.random_table import table_of
 
 FIRST_TOKEN_PROMPT = 512
 # Values per block of a format's rows: the dense model's width is rounded down to it, in the peer's favour.

@@ -4,8 +4,9 @@
 
 Cold: the device cache, a quarter of the bytes of base's feed-forward weights, is full of records that the prompt does
 not use. Warm: the same prompt once more; keys and values are computed again. Prompts are passages of real text over
-random weights (forced.py). Stall is what the forward pass waited for rows. `base` runs the same prompts with its
-feed-forward networks, and has no table. Variants take turns round by round; direct I/O leaves the page cache out.
+random weights (tolserve.study.forced). Stall is what the forward pass waited for rows. `base` runs the same prompts
+with its feed-forward networks, and has no table. Variants take turns round by round; direct I/O leaves the page cache
+out.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from forced import ForcedEngine, Text, Trace, read_trace
-from random_model import SIZE_NAMES, quarter_of_ffn, random_model, shape_of
-from random_table import table_of
 from report import machine, write
 
 from tolserve.engine.assemble import use_threads
+from tolserve.study.forced import ForcedEngine, Text, Trace, read_trace
+from tolserve.study.random_model import SIZE_NAMES, quarter_of_ffn, random_model, shape_of
+from tolserve.study.random_table import table_of
 
 COUNTED = {"stall_ms": "tol_stall_seconds_total", "read_ms": "tol_fill_seconds", "reads": "tol_fills_total"}
 

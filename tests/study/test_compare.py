@@ -22,7 +22,8 @@ from tolserve.study.evaluate import load
 from tolserve.study.params import count_parameters
 from tolserve.study.report import StudyError, write
 from tolserve.study.tasks import Tasks
-from tolserve.train.loop import Recipe, Run, TrainError
+from tolserve.train.loop import Run, TrainError
+from tolserve.train.recipe import Recipe
 
 SHAPE = Shape(hidden_size=48, layers=2, heads=2, vocab_size=300)
 

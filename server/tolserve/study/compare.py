@@ -21,7 +21,8 @@ from tolserve.study.params import count_parameters
 from tolserve.study.report import Study, StudyError, provenance
 from tolserve.study.tasks import Tasks, quiet
 from tolserve.train.data import read_documents
-from tolserve.train.loop import Recipe, Run
+from tolserve.train.loop import Run
+from tolserve.train.recipe import Recipe
 from tolserve.train.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:

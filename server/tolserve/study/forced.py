@@ -1,4 +1,4 @@
-"""Engines whose next tokens are forced from a trace of real text, for the speed benchmarks.
+"""Engines whose next tokens are forced from a trace of real text, for what measures speed.
 
 Weights are random, so what such a model samples is unreal, and so would be what it asks of the table. The trace is an
 .npz with `tokens` and `vocab_size`.
@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ Trace = NDArray[np.int64]
 
 def read_trace(path: Path, vocab_size: int) -> Trace:
     """The trace's tokens, folded onto fewer ids where the model has fewer."""
-    return np.load(path)["tokens"].astype(np.int64) % vocab_size
+    return np.load(path, allow_pickle=False)["tokens"].astype(np.int64) % vocab_size
 
 
 class Text:
@@ -86,7 +87,7 @@ class ForcedEngine:
         ahead = device == "cuda" if ahead is None else ahead
         pager = None
         if table is not None:
-            options = {"device": device, "policy": policy, "mapped": ahead, "metrics": metrics}
+            options: dict[str, Any] = {"device": device, "policy": policy, "mapped": ahead, "metrics": metrics}
             pager = Pager(table, device_slots=slots, host_slots=host_slots, **options)
         self.kv_bytes_per_token = KVCache.bytes_per_block(config, BLOCK_SIZE, dtype) // BLOCK_SIZE
         each = -(-longest // BLOCK_SIZE) + 1
@@ -97,13 +98,14 @@ class ForcedEngine:
             BlockPool(blocks, BLOCK_SIZE),
             max_seqs=sequences,
             max_tokens=chunk,
-            max_distinct=pager and pager.slots,
-            present=pager and pager.present,
+            max_distinct=pager.slots if pager is not None else None,
+            present=pager.present if pager is not None else None,
             max_fills=MAX_FILLS[device],
             prefix_cache=False,  # prompts come again, to be computed again
         )
         runner = Runner(model, kv, pager)
-        parts, limits = (runner, scheduler, metrics), {"max_model_len": 1_000_000, "max_queue": sequences}
+        parts = (runner, scheduler, metrics)
+        limits: dict[str, Any] = {"max_model_len": 1_000_000, "max_queue": sequences}
         self._decoder = ForcedDecoder(runner, max_rows=sequences, spare=blocks) if ahead else None
         if self._decoder is not None:
             self.engine: Engine = LookaheadEngine(*parts, decoder=self._decoder, **limits)

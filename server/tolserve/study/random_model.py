@@ -1,6 +1,7 @@
-"""Models of random weights at the paper's shapes and at a small one, for the speed benchmarks."""
+"""Models of random weights at the paper's shapes and at a small one, for what measures speed."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,7 +20,12 @@ def shape_of(size: str, variant: str, vocab: int | None = None, weights: str = "
     With int4 weights the feed-forward width is rounded down to whole groups, in the dense model's favour.
     """
     if size == SMALL:
-        widths = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
+        widths: dict[str, Any] = {
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 4,
+        }
         config = replace(preset("250M", variant), **widths, intermediate_size=680, vocab_size=4096)
     else:
         config = preset(size, variant)

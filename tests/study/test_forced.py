@@ -6,11 +6,11 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from forced import ForcedEngine, Text
-from random_model import random_model, shape_of
-from random_table import table_of
 
 from tolkernels import add_rows
+from tolserve.study.forced import ForcedEngine, Text
+from tolserve.study.random_model import random_model, shape_of
+from tolserve.study.random_table import table_of
 from tolserve.tol.encoding import Values
 
 TRACE = np.arange(1000) % 50
