@@ -100,12 +100,13 @@ def seeds_of(variants: Sequence[str]) -> dict[str, int]:
     """`base:3` is three seeds of base, `base` one. Raises StudyError for an unknown name or no seeds."""
     seeds = {}
     for given in variants:
-        name, _, count = given.partition(":")
-        if name not in PAPER_ORDER or name in seeds or not (count or "1").isdecimal() or int(count or 1) < 1:
+        name, colon, count = given.partition(":")
+        count = count if colon else "1"
+        if name not in PAPER_ORDER or name in seeds or not count.isdecimal() or int(count) < 1:
             raise StudyError(
                 f"--variants {given}: name each of {', '.join(PAPER_ORDER)} once at most, as NAME or NAME:SEEDS"
             )
-        seeds[name] = int(count or 1)
+        seeds[name] = int(count)
     return seeds
 
 
