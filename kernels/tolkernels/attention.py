@@ -67,7 +67,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, le
     lengths [B] int32, its tokens with the new one, whose key and value are stored already. Scores are divided by
     sqrt(hd); softmax and sums are in float32.
 
-    Entries of a table past its length are valid block numbers whose content is finite (0 will do). A row that pads a
+    Entries of a table past its length are valid block numbers (0 will do), whatever is stored there. A row that pads a
     batch has length 1 and a table of a block that no sequence owns. The work is laid out by the tables' shape alone, so
     a CUDA graph may replay it with other lengths. Raises ValueError for shapes and dtypes that do not fit. A block out
     of range is an IndexError on the CPU and undefined on CUDA. A length is from 1 to max_blocks * block_size; the
@@ -98,6 +98,9 @@ def decode_attention_torch(q: Tensor, keys: Tensor, values: Tensor, tables: Tens
         for cache in (keys, values)
     )  # [B, kv_heads, max_blocks * block_size, hd]
     visible = torch.arange(k.shape[2], device=q.device) < lengths.unsqueeze(1)
+    # A weight of zero does not undo a NaN, which a request's steering may have left in a block.
+    beyond = ~visible[:, None, :, None]
+    k, v = k.masked_fill(beyond, 0), v.masked_fill(beyond, 0)
     out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=visible[:, None, None], enable_gqa=True)
     return out.squeeze(2)
 

@@ -63,12 +63,13 @@ def add_rows_cpu(
             scale=scale,
         )
     stream, slots, norm_weight = stream.contiguous(), slots.contiguous(), norm_weight.contiguous()
+    scale = scale.contiguous() if scale is not None else None  # named, so that it outlives the call
     total, normed = torch.empty_like(stream), torch.empty_like(stream)
     wrong = _functions().tk_add_rows(
         *_rows_from(data, offset),
         *((None, 0, 0) if host is None else _rows_from(host, offset)),
         address(slots),
-        None if scale is None else address(scale.contiguous()),
+        None if scale is None else address(scale),
         *map(address, (stream, norm_weight, total, normed)),
         *stream.shape,
         group_size or 1,

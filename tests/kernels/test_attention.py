@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Cache:
-    """Sequences whose blocks lie anywhere in a cache; what nobody owns is zero."""
+    """Sequences whose blocks lie anywhere in a cache; what nobody owns is not even a number."""
 
     keys: Tensor
     values: Tensor
@@ -41,7 +41,11 @@ def make_cache(lengths: list[int], block_size: int, spare: int, heads: int, size
     for row, count in enumerate(used):
         tables[row, :count] = torch.tensor([order.pop() for _ in range(count)])
     keys, values = torch.randn(2, sum(used) + 1, block_size, heads, size).to(dtype)
-    keys[0] = values[0] = 0  # a block that no sequence owns, which tables name past their length
+    keys[0] = values[0] = torch.nan  # a block that no sequence owns, which tables name past their length
+    for row, length in enumerate(lengths):
+        if length % block_size:  # the rest of a block that was somebody else's before
+            keys[tables[row, used[row] - 1], length % block_size :] = torch.nan
+            values[tables[row, used[row] - 1], length % block_size :] = torch.nan
     return Cache(keys.clone(), values.clone(), tables, torch.tensor(lengths, dtype=torch.int32))
 
 
