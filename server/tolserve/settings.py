@@ -224,6 +224,12 @@ class ServeSettings(EngineOptions):
     shutdown_timeout: NotNegativeFloat = Field(25.0, description="seconds that running requests get to finish")
 
     @model_validator(mode="after")
+    def _check_packs(self) -> Self:
+        if self.packs is None and "pack_memory" in self.model_fields_set:
+            raise ValueError("--pack-memory is for packs; name their folder with --packs, or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _check_key(self) -> Self:
         if self.api_key is not None and self.api_key_file is not None:
             raise ValueError("give --api-key or --api-key-file, not both")

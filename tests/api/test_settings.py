@@ -152,7 +152,7 @@ def test_the_engine_gets_its_part_as_plain_json(tmp_path: Path) -> None:
             "tol_read_depth",
         ),
         *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queue", "cache_dir", "kv_cache"),
-        *("prefix_cache", "threads", "log_level", "log_format"),
+        *("prefix_cache", "threads", "log_level", "log_format", "packs", "pack_memory"),
     }
     assert options == json.loads(json.dumps(options))
     assert (options["model"], options["table"], options["device_cache"]) == (str(tmp_path), "t", "64")
@@ -170,3 +170,9 @@ def test_other_commands() -> None:
         load("--out", "o", command=TrainSettings)
     with pytest.raises(OptionError, match="--prompt is required"):
         load("m", command=GenerateSettings)
+
+
+def test_memory_for_packs_without_packs_is_refused(tmp_path: Path) -> None:
+    assert load("--packs", tmp_path, "--pack-memory", "1GiB").pack_memory == "1GiB"
+    with pytest.raises(OptionError, match="--packs"):
+        load("--pack-memory", "1GiB")

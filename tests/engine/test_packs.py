@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 
 from packs import Changes, random_changes, save_pack, target_of
 from tol.tables import value
-from tolserve.engine.packs import Pack, PackStore
+from tolserve.engine.packs import Pack, PackBusy, PackStore
 from tolserve.metrics import Metrics
 from tolserve.model.pack import PackError, Target, make_entries, parse_pack
 
@@ -52,7 +52,7 @@ def test_packs_leave_for_others_unless_somebody_holds_them(store_of: Store, fold
     assert loaded(store) == ["a", "b"]
     store.give(store.take(["c"]))  # for which b leaves, though a was used longer ago
     assert loaded(store) == ["a", "c"]
-    with pytest.raises(PackError, match="--pack-memory"):
+    with pytest.raises(PackBusy, match="--pack-memory"):
         store.take(["c", "d"])
     assert [pack.users for pack in store._loaded.values()] == [1, 0]
     assert store.nbytes == value(metrics, "pack_bytes") <= 2 * size
@@ -62,9 +62,34 @@ def test_packs_leave_for_others_unless_somebody_holds_them(store_of: Store, fold
     store.give(store.take(["d"]))
     assert loaded(store) == ["c", "d"]
     small, _ = store_of(size - 1)
-    with pytest.raises(PackError, match="--pack-memory"):
+    with pytest.raises(PackError, match="--pack-memory") as raised:
         small.take(["a"])
+    assert not isinstance(raised.value, PackBusy), "it never fits"
     assert loaded(small) == []
+
+
+def test_a_file_that_cannot_be_used_costs_nobody_a_place_and_is_read_once(
+    store_of: Store, folder: Path, tiny_model_dir: Path
+) -> None:
+    for name in ("good", "bad"):
+        save_pack(folder / f"{name}.safetensors", tiny_model_dir, random_changes(tiny_model_dir, 1, range(100)))
+    bad = folder / "bad.safetensors"
+    whole = bad.read_bytes()
+    fingerprint = target_of(tiny_model_dir).fingerprint.encode()
+    bad.write_bytes(whole.replace(fingerprint, b"0" * len(fingerprint)))
+    store, _ = store_of(len(whole))
+    store.give(store.take(["good"]))
+    stamp = bad.stat()
+    with pytest.raises(PackError, match="'bad' cannot be used: it was made for other weights"):
+        store.take(["bad"])
+    assert loaded(store) == ["good"]
+    bad.write_bytes(whole)
+    os.utime(bad, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # so that only reading it would show
+    with pytest.raises(PackError, match="made for other weights"):
+        store.take(["bad"])
+    os.utime(bad)
+    store.give(store.take(["bad"]))
+    assert loaded(store) == ["bad"]
 
 
 def test_a_changed_file_is_loaded_anew_and_requests_keep_theirs(
@@ -99,7 +124,7 @@ def test_entries_are_found_by_token(pairs: set[tuple[int, int]], tokens: list[in
     order = sorted(pairs, key=lambda pair: hash((pair, 7)))
     token, layer = (torch.tensor([pair[i] for pair in order], dtype=torch.int32) for i in (0, 1))
     entries = make_entries(token, layer, torch.arange(len(order)).float(), torch.zeros(len(order), 4), target)
-    pack = Pack("p", entries, entries.rows, np.zeros(len(order), bool), b"", (0, 0, 0))
+    pack = Pack("p", entries, np.zeros(len(order), bool), b"", (0, 0, 0))
     places, found = pack.find(np.array(tokens, np.int64))
     assert [
         (place, int(entries.tokens[e]), int(entries.layers[e]), order[int(entries.scales[e])])

@@ -287,6 +287,33 @@ def test_an_aborted_request_lets_its_packs_go(engine_of: OpenEngine, packs: str)
         assert_idle(engine)
 
 
+def test_a_busy_server_of_packs_says_so(engine_of: OpenEngine, packs: str) -> None:
+    size = max(path.stat().st_size for path in Path(packs).iterdir())
+    with engine_of(device_cache="100%", packs=packs, pack_memory=f"{size}B") as engine:
+        submit(engine, [steered(scored("r", 0), 1.0, "p0")])
+        failure = engine.add(steered(scored("s", 0), 1.0, "p1"))
+        assert failure is not None
+        assert (failure.kind, failure.param) == ("busy", "tol")
+        assert finish(engine)["r"].failure is None
+        submit(engine, [steered(scored("s", 0), 1.0, "p1")])
+        assert finish(engine)["s"].failure is None
+
+
+def test_a_preempted_request_keeps_its_packs_and_its_tokens(engine_of: OpenEngine, packs: str) -> None:
+    asked = [steered(scored(f"r{index}", index, 30), 0.5, f"p{index}") for index in range(3)]
+    alone = {}
+    with engine_of(device_cache="100%", packs=packs) as engine:
+        for each in asked:
+            alone |= serve(engine, [each])
+    with engine_of(
+        device_cache="100%", packs=packs, max_model_len=80, kv_cache=f"{7 * 4096}B", prefix_cache=False
+    ) as engine:
+        assert_same_output(serve(engine, asked), alone)
+        assert value(engine.registry, "num_preemptions_total") > 0
+        assert not [pack for pack in store_of(engine)._loaded.values() if pack.users]
+        assert_idle(engine)
+
+
 def test_a_step_that_nobody_steers_makes_no_scales(engine_of: OpenEngine, packs: str) -> None:
     with engine_of(device_cache="100%", packs=packs) as engine:
         asked = [scored("a", 0), scored("b", 1)]

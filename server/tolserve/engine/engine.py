@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tolserve.engine.metrics import EngineMetrics
-from tolserve.engine.packs import PackStore
-from tolserve.engine.request import Delta, Failure, FinishReason, Request, TokenLogprob, Usage
+from tolserve.engine.packs import PackBusy, PackStore
+from tolserve.engine.request import Delta, Failure, FinishReason, PackView, Request, TokenLogprob, Usage
 from tolserve.engine.runner import Runner, StepResult
 from tolserve.engine.sampler import choose, logprobs
 from tolserve.engine.scheduler import Scheduler, prefix_within
@@ -74,7 +74,7 @@ class Engine:
         try:
             steering = self._steered(request)
         except PackError as error:
-            return Failure(request.request_id, "invalid", str(error), "tol")
+            return Failure(request.request_id, "busy" if isinstance(error, PackBusy) else "invalid", str(error), "tol")
         sequence = Sequence(request, time.monotonic(), steering)
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
@@ -121,6 +121,12 @@ class Engine:
 
     def drain(self) -> None:
         """Have no step on its way: whoever looks, or changes something, between two steps finds nothing half done."""
+
+    def list_packs(self) -> list[PackView]:
+        """The packs that requests may ask for, by name. Raises ValueError where there is no folder of them."""
+        if self.packs is None:
+            raise ValueError("this server has no packs; start it with --packs DIR")
+        return self.packs.view()
 
     def frequencies(self) -> Counts | None:
         """How often each token ran, by the list that the server keeps, else by the one that it was given."""

@@ -4,7 +4,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -33,13 +33,16 @@ MAX_LISTED = 256
 Stamp = tuple[int, int, int]
 
 
+class PackBusy(PackError):  # noqa: N818 - says what happened; it is over when other requests end
+    """A pack that cannot be had right now."""
+
+
 @dataclass(eq=False)
 class Pack:
-    """A loaded pack. `rows` lie on the engine's device; the rest is looked at by the host."""
+    """A loaded pack. The entries' rows lie on the engine's device; the rest is looked at by the host."""
 
     name: str
     entries: Entries
-    rows: Tensor  # [E, d] bfloat16 or float32
     adds: NDArray[np.bool_]  # [E]: whether a row is not all zeros
     digest: bytes  # of the file: equal ones mean equal packs
     stamp: Stamp
@@ -48,6 +51,11 @@ class Pack:
     @property
     def nbytes(self) -> int:
         return self.entries.nbytes
+
+    @property
+    def rows(self) -> Tensor:
+        """[E, d] bfloat16 or float32."""
+        return self.entries.rows
 
     def find(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Which entries apply to tokens [T]: (index into `tokens`, entry), a pair for each."""
@@ -66,6 +74,7 @@ class PackStore:
         self._folder, self._limit, self._target, self._device = folder, limit, target, device
         self._loaded: OrderedDict[str, Pack] = OrderedDict()  # used longest ago first
         self._replaced: list[Pack] = []  # held still, but their files are others by now
+        self._unusable: dict[str, tuple[Stamp, str]] = {}  # files that were read in vain, and what is wrong with them
         self._count = metrics.gauge("packs_loaded", "Memory packs that are loaded")
         self._bytes = metrics.gauge("pack_bytes", "What the loaded memory packs take")
         self._loads = metrics.counter("pack_loads_total", "Memory packs read from their files")
@@ -100,7 +109,6 @@ class PackStore:
             self._drop(pack)
             pack = None
         if pack is None:
-            self._make_room(name, stamp[1])
             pack = self._loaded[name] = self._load(name, stamp)
             self._loads.add(1)
         self._loaded.move_to_end(name)
@@ -128,14 +136,18 @@ class PackStore:
             self._replaced.append(pack)
         self._show()
 
-    def _make_room(self, name: str, size: int) -> None:
+    def _make_room(self, size: int) -> None:
         """Let packs go until another of `size` bytes fits."""
         idle = [pack for pack in self._loaded.values() if not pack.users]
         held = self.nbytes - sum(pack.nbytes for pack in idle)
-        if held + size > self._limit:
+        if size > self._limit:
             raise PackError(
-                f"the pack {name!r} of {size:,} bytes does not fit into --pack-memory of {self._limit:,} bytes beside "
-                f"the {held:,} that running requests hold; start the server with more, or try again later"
+                f"it takes {size:,} bytes, and --pack-memory is {self._limit:,}; start the server with more"
+            )
+        if held + size > self._limit:
+            raise PackBusy(
+                f"it takes {size:,} bytes, and running requests hold {held:,} of --pack-memory's {self._limit:,}; try "
+                "again later, or start the server with more"
             )
         for pack in idle:
             if self.nbytes + size <= self._limit:
@@ -143,20 +155,37 @@ class PackStore:
             self._drop(pack)
 
     def _load(self, name: str, stamp: Stamp) -> Pack:
+        """Read a file, which costs another pack's place only when its header is one of ours. One that cannot be used is
+        read once."""
+        known, message = self._unusable.get(name, (None, ""))
+        if known == stamp:
+            raise PackError(message)
+        try:
+            return self._read(name, stamp)
+        except PackBusy as error:
+            raise PackBusy(f"the pack {name!r} cannot be had now: {error}") from error
+        except PackError as error:
+            message = f"the pack {name!r} cannot be used: {error}"
+            self._unusable[name] = stamp, message
+            raise PackError(message) from error
+
+    def _read(self, name: str, stamp: Stamp) -> Pack:
         try:
             with self._path(name).open("rb") as file:
                 if _stamp_of(os.fstat(file.fileno())) != stamp:
-                    raise PackError("it was changed just now; try again")
+                    raise PackBusy("its file was changed just now; try again")
+                check_header(read_header(file.read(MAX_HEADER)), self._target)
+                self._make_room(stamp[1])
+                file.seek(0)
                 data = file.read(stamp[1])
             entries = parse_pack(data, self._target)
-            rows = entries.rows.to(self._device)
-        except (OSError, PackError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise PackError(f"the pack {name!r} cannot be used: {reason}") from error
+            adds = entries.rows.ne(0).any(dim=1).numpy()
+            on_device = replace(entries, rows=entries.rows.to(self._device))
+        except OSError as error:
+            raise PackBusy(error.strerror or "its file cannot be read") from error
         except RuntimeError as error:  # torch's own for CUDA is a subclass
-            raise PackError(f"the pack {name!r} does not fit on {self._device}") from error
-        adds = entries.rows.ne(0).any(dim=1).numpy()
-        return Pack(name, entries, rows, adds, blake2b(data, digest_size=32).digest(), stamp)
+            raise PackBusy(f"there is no memory for it on {self._device}") from error
+        return Pack(name, on_device, adds, blake2b(data, digest_size=32).digest(), stamp)
 
     def _show(self) -> None:
         self._count.set(len(self._loaded) + len(self._replaced))

@@ -38,7 +38,7 @@ def steer(asked: Steering, num_layers: int, packs: PackStore | None) -> Steered:
     try:
         taken = packs.take(asked.edits) if packs is not None else ()
     except PackError as error:
-        raise PackError(f"tol.edits: {error}") from error
+        raise type(error)(f"tol.edits: {error}") from error
     told = array("d", asked.alpha).tobytes() + b"".join(pack.digest for pack in taken)
     return Steered(np.array(asked.alpha, np.float32), taken, blake2b(told, digest_size=32).digest())
 
@@ -75,6 +75,8 @@ class StepSteering:
         scales[:] = steered.alpha[:, np.newaxis]
         for pack in reversed(steered.packs):
             places, entries = pack.find(tokens)
+            if not places.size:
+                continue
             layers = pack.entries.layers[entries]
             factors = scales[layers, places]
             scales[layers, places] *= pack.entries.scales[entries]
