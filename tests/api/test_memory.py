@@ -19,7 +19,9 @@ BODY: dict[str, Any] = {"model": "tiny", "prompt": "The old house"}
 
 def pretend_ready(app: FastAPI, encoding: str | None = "bf16") -> None:
     """As if an engine had said so; it would not answer."""
-    app.state.server.engine.ready = Ready(VOCAB_SIZE, 64, None, encoding)
+    app.state.server.engine.ready = Ready(
+        vocab_size=VOCAB_SIZE, num_layers=2, max_model_len=64, fingerprint=None, encoding=encoding
+    )
 
 
 def test_an_engine_must_be_there(call: Call) -> None:
@@ -78,6 +80,7 @@ def test_what_is_no_token_is_refused(
         ({"against": VOCAB_SIZE}, "against"),
         ({"against": "several of them"}, "against"),
         ({"against": -1}, "against"),
+        ({"against": "x" * 100_000}, "against"),
         ({"against": 1.5}, "against"),
         ({"layers": [0]}, "layers"),
     ],

@@ -130,7 +130,7 @@ from_engine: st.SearchStrategy[FromEngine] = st.one_of(
     st.builds(Refusal, failures),
     st.builds(MetricsSnapshot, st.lists(metrics, max_size=3)),
     st.builds(Heartbeat, floats),
-    st.builds(Packs, st.one_of(st.none(), st.lists(packs, max_size=3))),
+    st.builds(Packs, st.one_of(st.none(), st.lists(packs, max_size=3)), st.one_of(st.none(), declined)),
     st.builds(Resized, st.one_of(st.none(), sizes), st.one_of(st.none(), declined)),
     st.builds(Reopened, st.one_of(st.none(), facts), st.one_of(st.none(), declined)),
     st.builds(TokenSeen, st.one_of(st.none(), views), st.one_of(st.none(), declined)),

@@ -1,13 +1,18 @@
 """What the engine process does before it says that it is ready, and what it leaves when it ends."""
 
+import time
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import zmq
 
 from engine.driver import OpenEngine, finish, request, submit
 from tolserve.engine.engine import Engine
-from tolserve.engine.process import warm_up
+from tolserve.engine.look import LOOK_TIMEOUT_SECONDS
+from tolserve.engine.messages import AskAttribution, AskPacks, AskToken, Look
+from tolserve.engine.process import EngineServer, warm_up
+from tolserve.engine.pulse import Pulse
 from tolserve.engine.runner import StepResult
 from tolserve.engine.sequence import Chunk
 from tolserve.metrics import Metric
@@ -22,18 +27,21 @@ def counted(engine: Engine) -> list[Metric]:
 
 @pytest.mark.parametrize("max_model_len", [None, 1, 2])
 def test_a_warm_up_runs_the_model_and_counts_nothing(engine_of: OpenEngine, max_model_len: int | None) -> None:
-    """A prompt and, where there is room for both, a decode."""
+    """A prompt and, where there is room for both, a decode; and both of a request that steers."""
     with engine_of(device_cache="16", max_model_len=max_model_len) as engine:
         before = counted(engine)
-        run, counts = engine.runner.run, list[int]()
+        run, counts, steers = engine.runner.run, list[int](), list[bool]()
 
         def noted(chunks: list[Chunk], lease: Lease | None) -> StepResult:
             counts.extend(chunk.count for chunk in chunks)
+            steers.extend(chunk.sequence.steering is not None for chunk in chunks)
             return run(chunks, lease)
 
         engine.runner.run = noted  # type: ignore[method-assign]
         warm_up(engine)
-        assert counts == ([1] if max_model_len == 1 else [2] if max_model_len == 2 else [2, 1])
+        once = [1] if max_model_len == 1 else [2] if max_model_len == 2 else [2, 1]
+        assert counts == 2 * once
+        assert steers == [False] * len(once) + [True] * len(once)
         assert counted(engine) == before
         assert not engine.busy
         assert engine.pager is not None
@@ -63,3 +71,25 @@ def test_what_ran_is_recorded_once_whatever_became_of_its_sequence(engine_of: Op
     assert {token: n for token, n in enumerate(counts.tolist()) if n} == dict.fromkeys(
         (t for s in sequences for t in s), 1
     )
+
+
+@pytest.mark.parametrize(
+    "question", [AskToken(7, None, 3), AskAttribution(request("r", [1, 2], 0), None, None), AskPacks()]
+)
+def test_a_look_that_nobody_waits_for_any_more_costs_no_work(
+    engine_of: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: Look
+) -> None:
+    with (
+        engine_of(device_cache="16", packs=str(tmp_path)) as engine,
+        zmq.Context() as context,
+        context.socket(zmq.ROUTER) as socket,
+        monkeypatch.context() as idle,
+    ):
+        server = EngineServer(engine, socket, Pulse(f"ipc://{tmp_path}/pulse"))
+        now = time.monotonic()
+        assert server._look(now, question).declined is None
+        for worker in ("runner", "packs", "scheduler"):
+            idle.setattr(engine, worker, None)  # whoever works without them fails
+        late = server._look(now - LOOK_TIMEOUT_SECONDS - 1, question).declined
+        assert late is not None
+        assert late.kind == "busy"

@@ -1,8 +1,9 @@
-"""Looks into the memory of the served model: a token's record, and what moved the logits of a prompt."""
+"""Looks into the memory of the served model: a token's record, what moved the logits of a prompt, and its packs."""
 
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
@@ -123,3 +124,13 @@ async def attribution(body: AttributionRequest, server: State) -> dict[str, Any]
             for position, token in enumerate(prompt.ids)
         ],
     }
+
+
+@router.get("/v1/memory/packs")
+async def packs(server: State) -> dict[str, Any]:
+    """The memory packs that requests may ask for in `tol.edits`."""
+    if server.settings.packs is None:
+        raise ApiError(404, "this server has no packs; start it with --packs DIR", code="no_packs")
+    async with _looking(server):
+        found = await server.engine.packs()
+    return {"packs": [asdict(pack) for pack in found]}

@@ -1,7 +1,6 @@
 """Everything but generation: models, tokens, the cache, health, version, metrics."""
 
 import asyncio
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
@@ -88,16 +87,6 @@ async def cache(server: State, limit: Annotated[int, Query(ge=1, le=MAX_CACHE_LI
         ],
         "evicted": [{"id": token, "text": text(token)} for token in view.evicted],
     }
-
-
-@router.get("/v1/memory/packs")
-async def packs(server: State) -> dict[str, Any]:
-    """The memory packs that requests may ask for in `tol.edits`."""
-    server.require_ready()
-    found = await server.engine.packs()
-    if found is None:
-        raise ApiError(404, "this server has no packs; start it with --packs DIR", code="no_packs")
-    return {"packs": [asdict(pack) for pack in found]}
 
 
 @router.get("/health")

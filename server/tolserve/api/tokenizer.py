@@ -86,6 +86,8 @@ class ModelTokenizer:
 
     def only_id(self, text: str) -> int:
         """The token that a text is. Raises NotOneTokenError."""
+        if len(text) > INLINE_CHARACTERS:
+            raise NotOneTokenError(f"the text has {len(text)} characters, and no token has so many")
         ids = self.encode(text, add_special_tokens=False).ids
         if len(ids) == 1:
             return ids[0]

@@ -42,7 +42,7 @@ class _Addends:
         delta = now - self.stream
         self.stream = now
         self.products.setdefault(addend, []).append((delta * self._directions).sum(1))
-        self.last.setdefault(addend, []).append(delta[-1])
+        self.last.setdefault(addend, []).append(delta[-1].clone())  # a view would keep all of them
 
     def contributions(self, addend: Addend, direction: Tensor, divisor: Tensor) -> list[list[float]] | None:
         """[T, N], with the last token's direction [d] and all divisors [T]; None if there was no such addend."""

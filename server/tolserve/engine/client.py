@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import zmq.asyncio
 
 from tolserve.engine.child import Answer, Child, End
-from tolserve.engine.look import Attribution, TokenView
+from tolserve.engine.look import LOOK_TIMEOUT_SECONDS, Attribution, TokenView
 from tolserve.engine.messages import (
     Abort,
     AskAttribution,
@@ -39,8 +39,6 @@ Granted = TypeVar("Granted")
 
 # A scrape waits this long for fresh numbers; a step of a large prefill can take longer, then the last ones are shown.
 METRICS_TIMEOUT_SECONDS = 1.0
-# Somebody looking into the memory, or for packs, waits as long as a long step may take, then is told to try again.
-LOOK_TIMEOUT_SECONDS = 10.0
 # Before a restart: soon after the first death, which may be chance, seldom when an engine cannot stay up.
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 # An engine that served for so long ends the streak of failures.
@@ -197,12 +195,11 @@ class EngineClient:
         """
         return (await self._ask(AskCache(limit), Cache)).view
 
-    async def packs(self) -> list[PackView] | None:
-        """The memory packs that requests may ask for, by name; None for a server that has no folder of them.
-
-        Raises EngineError when the engine is gone or too busy to answer.
-        """
-        return (await self._ask(AskPacks(), Packs)).packs
+    async def packs(self) -> list[PackView]:
+        """The memory packs that requests may ask for, by name. Raises EngineError, also on a server that has no folder
+        of them."""
+        answer = await self._ask(AskPacks(), Packs)
+        return self._granted(answer.packs, answer)
 
     async def token(self, token: int, layers: list[int] | None, top: int) -> TokenView:
         """A token's record as inspect.look_up finds it. Raises EngineError."""
@@ -238,7 +235,9 @@ class EngineClient:
         facts = self._granted(answer.facts if answer is not None else None, answer)
         return facts
 
-    def _granted(self, value: Granted | None, answer: Resized | Reopened | TokenSeen | Attributed | None) -> Granted:
+    def _granted(
+        self, value: Granted | None, answer: Resized | Reopened | TokenSeen | Attributed | Packs | None
+    ) -> Granted:
         """What was asked for. Questions that change something wait however long the step before them takes: who was
         told to try again would not know what holds. No answer means that the engine is gone."""
         if answer is not None and answer.declined is not None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from tolserve.tol.view import Tier
 
+# Somebody looking into the memory, or for packs, waits as long as a long step may take, then is told to try again.
+LOOK_TIMEOUT_SECONDS = 10.0
 # Decimals of what is said about a logit: 32-bit floats of a logit's size have no more.
 DIGITS = 6
 
@@ -66,8 +68,9 @@ class Attribution:
     """What each addend of the stream adds to a logit, at each of T positions, in a model of N layers.
 
     The final norm's divisor is held at what it was, so that all of it is a sum: `embedding` + the N of `attention` +
-    those of `memory` and `compute` is the logit of the position's target, less that of `against` if there is one.
-    `memory` is None for a base model, which has none, `compute` for a memory model.
+    those of `memory` and `compute` is the logit of the position's target, less that of `against` if there is one. It
+    holds within the rounding of the final norm's output, which is in the server's `--dtype`. `memory` is None for a
+    base model, which has none, `compute` for a memory model.
     """
 
     targets: list[int]

@@ -70,16 +70,6 @@ class Cache(msgspec.Struct, tag="cache", frozen=True):
     view: DeviceView | None
 
 
-class AskPacks(msgspec.Struct, tag="ask_packs", frozen=True):
-    """Answered with `Packs`."""
-
-
-class Packs(msgspec.Struct, tag="packs", frozen=True):
-    """The packs that requests may ask for; `packs` is None for a server that has no folder of them."""
-
-    packs: list[PackView] | None
-
-
 class Resize(msgspec.Struct, tag="resize", frozen=True):
     """Answered with `Resized`. Sizes in the words of the options; None leaves a tier as it is."""
 
@@ -145,8 +135,19 @@ class Attributed(msgspec.Struct, tag="attributed", frozen=True):
     declined: Declined | None
 
 
-Look = AskToken | AskAttribution
-ToEngine = Submit | Abort | Hello | AskMetrics | AskCache | AskPacks | Resize | Reopen | Look
+class AskPacks(msgspec.Struct, tag="ask_packs", frozen=True):
+    """Answered with `Packs`, between two steps."""
+
+
+class Packs(msgspec.Struct, tag="packs", frozen=True):
+    """One of the two is None."""
+
+    packs: list[PackView] | None
+    declined: Declined | None
+
+
+Look = AskToken | AskAttribution | AskPacks
+ToEngine = Submit | Abort | Hello | AskMetrics | AskCache | Resize | Reopen | Look
 FromEngine = (
     Ready
     | Progress

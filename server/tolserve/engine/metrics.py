@@ -46,7 +46,7 @@ class EngineMetrics:
             [("packs",), ("alpha",)],
         )
         self.looks = metrics.counter(
-            "memory_looks_total", "Looks into the memory", ("kind",), [("token",), ("attribution",)]
+            "memory_looks_total", "Looks into the memory", ("kind",), [("token",), ("attribution",), ("packs",)]
         )
         self.iteration_tokens = metrics.histogram("iteration_tokens_total", "Tokens per step", _TOKENS)
         self.first_token = metrics.histogram("time_to_first_token_seconds", "Arrival to first token", _SECONDS)

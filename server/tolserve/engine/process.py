@@ -5,10 +5,13 @@ Nothing of a request but its id ever enters a log line.
 
 import logging
 import sys
+import time
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
+import torch
 import zmq
 
 from tolserve.engine.assemble import SettingsError, assemble, use_threads
@@ -16,6 +19,7 @@ from tolserve.engine.attribution import NoRoom, attribute
 from tolserve.engine.config import EngineSettings
 from tolserve.engine.engine import Engine, Output
 from tolserve.engine.inspect import look_up
+from tolserve.engine.look import LOOK_TIMEOUT_SECONDS
 from tolserve.engine.messages import (
     Abort,
     AskAttribution,
@@ -45,13 +49,15 @@ from tolserve.engine.messages import (
     encode,
 )
 from tolserve.engine.pulse import Pulse
-from tolserve.engine.request import Delta, Failure, Request, SamplingParams
+from tolserve.engine.request import Delta, Failure, Request, SamplingParams, Steering
 from tolserve.model.checkpoint import CheckpointError
 from tolserve.model.config import ConfigError
 from tolserve.tol.pager import RecordsUnavailable
 from tolserve.tol.table import RecordError, TableError
 
 log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 
 class EngineServer:
@@ -60,7 +66,7 @@ class EngineServer:
     def __init__(self, engine: Engine, socket: zmq.Socket[bytes], pulse: Pulse) -> None:
         self.engine, self.socket, self.pulse = engine, socket, pulse
         self._worker_of: dict[str, bytes] = {}  # request id -> the API worker that waits for it
-        self._looks: deque[tuple[bytes, Look]] = deque()  # one between two steps
+        self._looks: deque[tuple[float, bytes, Look]] = deque()  # one between two steps
 
     def run(self, lifeline: int) -> None:
         """Serve until `lifeline`, the read end of a pipe that nothing is written to, is closed on its other end."""
@@ -72,7 +78,8 @@ class EngineServer:
             if ready:
                 self._receive_all()
             if self._looks:
-                self._send(*self._look(*self._looks.popleft()))
+                since, worker, question = self._looks.popleft()
+                self._send(worker, self._look(since, question))
             self._send_outputs(self.engine.step())
             self.pulse.step_ends()
 
@@ -103,40 +110,26 @@ class EngineServer:
             case AskCache(limit=limit):
                 pager = self.engine.pager
                 self._send(worker, Cache(pager.view(limit) if pager is not None else None))
-            case AskPacks():
-                self._send(worker, Packs(self.engine.packs.view() if self.engine.packs is not None else None))
             case Resize(device_cache=device_cache, host_cache=host_cache):
                 self._send(worker, self._resized(device_cache, host_cache))
             case Reopen():
                 self._send(worker, self._reopened())
-            case AskToken() | AskAttribution():
-                self._looks.append((worker, message))
+            case AskToken() | AskAttribution() | AskPacks():
+                self._looks.append((time.monotonic(), worker, message))
 
-    def _look(self, worker: bytes, question: Look) -> tuple[bytes, TokenSeen | Attributed]:
-        if isinstance(question, AskToken):
-            self.engine.metrics.looks.add(1, "token")
-            return worker, self._seen(question)
-        self.engine.metrics.looks.add(1, "attribution")
-        return worker, self._attributed(question)
-
-    def _seen(self, question: AskToken) -> TokenSeen:
+    def _look(self, since: float, question: Look) -> TokenSeen | Attributed | Packs:
         engine = self.engine
-        try:
-            view = look_up(engine.runner, question.token, question.layers, question.top, engine.frequencies())
-        except (ValueError, RecordError) as error:
-            return TokenSeen(None, Declined("table" if isinstance(error, RecordError) else "invalid", str(error)))
-        return TokenSeen(view, None)
-
-    def _attributed(self, question: AskAttribution) -> Attributed:
-        try:
-            found = attribute(self.engine, question.request, question.targets, question.against)
-        except ValueError as error:
-            return Attributed(None, Declined("invalid", str(error)))
-        except NoRoom as error:
-            return Attributed(None, Declined("busy", str(error)))
-        except RecordsUnavailable as error:
-            return Attributed(None, Declined("table", str(error)))
-        return Attributed(found, None)
+        match question:
+            case AskToken(token=token, layers=layers, top=top):
+                engine.metrics.looks.add(1, "token")
+                frequencies = engine.frequencies
+                return TokenSeen(*_found(since, lambda: look_up(engine.runner, token, layers, top, frequencies())))
+            case AskAttribution(request=request, targets=targets, against=against):
+                engine.metrics.looks.add(1, "attribution")
+                return Attributed(*_found(since, lambda: attribute(engine, request, targets, against)))
+            case AskPacks():
+                engine.metrics.looks.add(1, "packs")
+                return Packs(*_found(since, engine.list_packs))
 
     def _resized(self, device_cache: str | None, host_cache: str | None) -> Resized:
         try:
@@ -188,19 +181,51 @@ class EngineServer:
         self.socket.send_multipart([worker, encode(message)])
 
 
+def _found(since: float, find: Callable[[], Found]) -> tuple[Found | None, Declined | None]:
+    """What a look finds, or why it finds nothing. Whoever asked too long ago has left and costs no work, but has an
+    answer like the others: which is whose is known by their order."""
+    try:
+        if time.monotonic() - since > LOOK_TIMEOUT_SECONDS:
+            raise NoRoom("the engine was busy for too long; try again later")
+        return find(), None
+    except NoRoom as error:
+        return None, Declined("busy", str(error))
+    except (RecordError, RecordsUnavailable) as error:
+        return None, Declined("table", str(error))
+    except ValueError as error:
+        return None, Declined("invalid", str(error))
+    except (MemoryError, torch.OutOfMemoryError):
+        return None, Declined("memory", "there is no memory for this look beside what is served; ask for less of it")
+
+
 def warm_up(engine: Engine) -> None:
-    """Run a tiny request through prefill and decode: what is compiled, allocated or loaded at its first use is there
-    when the first client comes. It shows in no counter and in no recording."""
+    """Run tiny requests through prefill and decode, with a table also one that steers and a look: what is compiled,
+    allocated or loaded at its first use is there when the first client comes. It shows in no counter and in no
+    recording."""
     prompt = (0,) * min(2, engine.max_model_len)  # one token alone runs as those that decode do
     sampling = SamplingParams(max_tokens=min(2, engine.max_model_len - len(prompt)), temperature=0.0, ignore_eos=True)
+    requests = [Request("warm-up", prompt, sampling)]
+    if engine.pager is not None:
+        alpha = (1.0,) * engine.runner.model.config.num_hidden_layers
+        requests.append(Request("warm-up", prompt, sampling, steering=Steering(alpha)))
     recorder, engine.recorder = engine.recorder, None
     with engine.registry.uncounted():
-        failed = engine.add(Request("warm-up", prompt, sampling))
-        while engine.busy:
-            failed = next((output for output in engine.step() if isinstance(output, Failure)), failed)
+        problems = [str(failed.message) for request in requests if (failed := _run_alone(engine, request)) is not None]
+        if engine.pager is not None:
+            try:
+                look_up(engine.runner, 0, None, 1)
+            except RecordError as error:
+                problems.append(str(error))
     engine.recorder = recorder
-    if failed is not None:  # a record that cannot be read, say: others can
-        log.warning("the warm-up failed: %s", failed.message)
+    if problems:  # a record that cannot be read, say: others can
+        log.warning("the warm-up failed: %s", problems[0])
+
+
+def _run_alone(engine: Engine, request: Request) -> Failure | None:
+    failed = engine.add(request)
+    while engine.busy:
+        failed = next((output for output in engine.step() if isinstance(output, Failure)), failed)
+    return failed
 
 
 def run(raw: dict[str, Any], pulse: Pulse) -> int:
