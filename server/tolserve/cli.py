@@ -6,6 +6,7 @@ loads torch. Expected failures end with one line on standard error and a non-zer
 
 import asyncio
 import json
+import re
 import secrets
 import signal
 import sys
@@ -335,51 +336,57 @@ def pack(settings: PackSettings) -> None:
     from tolserve.api.tokenizer import ModelFiles
     from tolserve.model.checkpoint import read_fingerprint
     from tolserve.model.config import ModelConfig
-    from tolserve.model.edits import Cell, embedding_of, rows_from, scaled_rows
-    from tolserve.model.pack import Target, make_entries, write_pack
+    from tolserve.model.pack import PackError, Target, check_path, make_entries, write_pack
 
+    check_path(settings.out)
     config, files = ModelConfig.load(settings.model), ModelFiles.load(settings.model)
-    tokens = list(dict.fromkeys(_token(files, "--tokens", word) for word in settings.tokens))
-    layers = sorted({int(layer) for layer in settings.layers.split(",") if layer}) or [*range(config.num_hidden_layers)]
-    if layers[-1] >= config.num_hidden_layers:
-        raise OptionError(f"--layers {settings.layers}: the model's layers are 0 to {config.num_hidden_layers - 1}")
-    if settings.cell is not None and settings.layer is not None:
-        cell = Cell.read(settings.model, settings.layer, settings.cell)
-        token = _token(files, "--value-of", settings.value_of) if settings.value_of is not None else None
-        value = embedding_of(settings.model, token) if token is not None else None
-        times = 1.0 if settings.times is None else settings.times
-        tensors = cell.edit(tokens or cell.strongest(settings.share), times, value)
-    elif settings.from_table is not None:
-        tensors = rows_from(settings.from_table, tokens, layers, config)
-    else:
-        tensors = scaled_rows(tokens, layers, settings.scale or 0.0, config.hidden_size)
+    if not config.has_memory:
+        raise PackError(f"{settings.model} is a base model: it has no table that a pack could change")
     shape = (config.vocab_size, config.num_hidden_layers, config.hidden_size)
     target = Target(read_fingerprint(settings.model), *shape)
-    entries = make_entries(*tensors, target)
-    held = list(dict.fromkeys(entries.tokens.tolist()))
-    names = [files.tokenizer.label(token) for token in held]
+    entries = make_entries(*_pack_tensors(settings, config, files), target)
+    tokens = [{"id": token, "text": files.tokenizer.label(token)} for token in dict.fromkeys(entries.tokens.tolist())]
     layers = sorted(set(entries.layers.tolist()))
-    about = settings.description or f"{_way(settings)} at layers {layers} for {', '.join(map(repr, names))}"[:500]
+    names = ", ".join(repr(token["text"]) for token in tokens[:20]) + (", ..." if len(tokens) > 20 else "")
+    about = settings.description or f"{_way(settings)} at layers {layers} for {names}"[:500]
     write_pack(settings.out, entries, target, about)
     what = {"path": str(settings.out), "description": about, "entries": len(entries.tokens), "bytes": entries.nbytes}
-    shown = [{"id": token, "text": name} for token, name in zip(held, names, strict=True)]
-    _show(
-        what | {"layers": layers, "tokens": shown if settings.json_output else ", ".join(map(repr, names))},
-        settings.json_output,
-    )
+    _show(what | {"layers": layers, "tokens": tokens if settings.json_output else names}, settings.json_output)
+
+
+def _pack_tensors(settings: PackSettings, config: Any, files: Any) -> tuple[Any, Any, Any, Any]:
+    """What the pack is to hold, made in the one way that was asked for."""
+    from tolserve.model.edits import Cell, embedding_of, rows_from, scaled_rows
+
+    tokens = list(dict.fromkeys(_token(files, "--tokens", word) for word in settings.tokens))
+    if settings.cell is not None and settings.layer is not None:
+        cell = Cell.read(settings.model, settings.layer, settings.cell)
+        if not (tokens := tokens or cell.strongest(settings.share)):
+            raise OptionError(f"--cell {settings.cell}: its coefficient is 0 for every token; there is nothing to edit")
+        token = _token(files, "--value-of", settings.value_of) if settings.value_of is not None else None
+        value = embedding_of(settings.model, token) if token is not None else None
+        return cell.edit(tokens, 1.0 if settings.times is None else settings.times, value)
+    given = settings.layers
+    layers = sorted({int(layer) for layer in given.split(",")}) if given else [*range(config.num_hidden_layers)]
+    if layers[-1] >= config.num_hidden_layers:
+        raise OptionError(f"--layers {given}: the model's layers are 0 to {config.num_hidden_layers - 1}")
+    if settings.from_table is not None:
+        return rows_from(settings.from_table, tokens, layers, config)
+    return scaled_rows(tokens, layers, settings.scale or 0.0, config.hidden_size)
 
 
 def _token(files: Any, flag: str, word: str) -> int:
-    """The id that a person means: a number is an id, anything else a text that must be one token."""
-    if word.isascii() and word.isdigit():
+    """The id that a person means: digits are an id, anything else a text that must be one token."""
+    from tolserve.api.tokenizer import NotOneTokenError
+
+    if re.fullmatch("[0-9]{1,9}", word):
         if int(word) >= files.vocab_size:
             raise OptionError(f"{flag} {word}: token ids are below {files.vocab_size}")
         return int(word)
-    ids = files.tokenizer.encode(word, add_special_tokens=False).ids
-    if len(ids) != 1:
-        pieces = ", ".join(f"{files.tokenizer.label(token)!r} ({token})" for token in ids)
-        raise OptionError(f"{flag} {word!r} is not one token but {len(ids)}: {pieces or 'none'}; give one of them")
-    found: int = ids[0]
+    try:
+        found: int = files.tokenizer.only_id(word)
+    except NotOneTokenError as error:
+        raise OptionError(f"{flag} {word!r}: {error}") from error
     return found
 
 

@@ -63,7 +63,7 @@ SequenceCounts = Annotated[
     tuple[Annotated[int, Field(ge=1, le=4096)], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
 ]
 TokenWords = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-LayerNumbers = Annotated[str, Field(pattern=r"^([0-9]{1,4}(,[0-9]{1,4})*)?$")]
+LayerNumbers = Annotated[str, _written_as(r"[0-9]{1,4}(,[0-9]{1,4})*", "layer numbers, such as 3,5")]
 Factor = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
 Numbers = Annotated[
     tuple[Annotated[float, Field(allow_inf_nan=False)], ...], NoDecode, BeforeValidator(_split), Field(min_length=1)
@@ -436,7 +436,7 @@ class PackSettings(Options):
     model: CliPositionalArg[Path] = Field(DEMO_MODEL, description="model directory; the bundled one if not given")
     out: Path = Field(description="file to write, NAME.safetensors; requests ask for NAME")
     tokens: TokenWords = Field((), description="token ids, or texts of one token each, as ' king, queen,17'")
-    layers: LayerNumbers = Field("", description="layers whose rows change, as 3,5; all if not given")
+    layers: LayerNumbers | None = Field(None, description="layers whose rows change, as 3,5; all if not given")
     from_table: Path | None = Field(None, description="table or model whose rows the tokens get instead of their own")
     suppress: bool = Field(False, description="the tokens get no rows at all")
     scale: Factor | None = Field(None, description="the tokens' rows are multiplied by this")
@@ -447,7 +447,7 @@ class PackSettings(Options):
     share: float = Field(
         0.5, gt=0, le=1, description="with --cell, without --tokens: for tokens from this share of its largest size on"
     )
-    description: str | None = Field(None, description="a sentence for who looks at the packs of a server")
+    description: str | None = Field(None, min_length=1, description="a sentence for who looks at the packs of a server")
     json_output: bool = Field(False, description="print what the pack holds as JSON")
 
     @model_validator(mode="after")
@@ -460,9 +460,9 @@ class PackSettings(Options):
             if given := self.model_fields_set & {"layer", "times", "value_of", "share"}:
                 raise ValueError(f"{self.flag(min(given))} is for --cell")
             if not self.tokens:
-                raise ValueError("--tokens is required, but for --cell")
-        elif self.layer is None or self.layers:
-            raise ValueError("--cell needs --layer, and no --layers")
+                raise ValueError("--tokens is required; only --cell finds tokens by itself")
+        elif self.layer is None or self.layers is not None:
+            raise ValueError("--cell belongs to one layer: give --layer, and no --layers")
         elif self.times is None and self.value_of is None:
             raise ValueError("--cell needs --times, --value-of or both")
         elif self.tokens and "share" in self.model_fields_set:

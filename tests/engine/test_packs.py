@@ -211,6 +211,14 @@ def test_no_bytes_do_more_than_fail(data: st.DataObject) -> None:
     assert entries.rows.isfinite().all()
 
 
+def test_a_header_nested_without_end_is_no_pack(store_of: Store, folder: Path) -> None:
+    (folder / "deep.safetensors").write_bytes(struct.pack("<Q", 15_000) + b"[" * 15_000)
+    store, _ = store_of()
+    with pytest.raises(PackError, match="it is no pack"):
+        store.take(["deep"])
+    assert "it is no pack" in str(store.view()[0].problem)
+
+
 def test_only_files_of_the_folder_are_packs(store_of: Store, folder: Path, tiny_model_dir: Path) -> None:
     changes: Changes = {}
     save_pack(folder.parent / "outside.safetensors", tiny_model_dir, changes)

@@ -147,9 +147,15 @@ def load_transformer(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file under a temporary name, sync it, and rename it into place."""
+    """Write a safetensors file under a temporary name, sync it, and rename it into place. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {}))
+    temporary.touch()
+    mode = temporary.stat().st_mode  # what the umask leaves; the library's own files are their owner's alone
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {}))
+    except SafetensorError as error:  # also for a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
+    temporary.chmod(mode)
     with temporary.open("rb") as written:
         os.fsync(written.fileno())
     os.replace(temporary, path)

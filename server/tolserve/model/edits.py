@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tolkernels import add_rows
-from tolserve.model.checkpoint import CheckpointError, read_copies
+from tolserve.model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_names,
+    read_copies,
+    read_fingerprint,
+    tensor_shapes,
+)
 from tolserve.model.config import ModelConfig
 from tolserve.model.networks import MemoryNetworks
 from tolserve.model.pack import PackError
@@ -54,11 +61,14 @@ def rows_from(source: Path, tokens: Sequence[int], layers: Sequence[int], config
     """Another model's rows instead of one's own; `source` is its table, or its directory with one in tol/ or with
     memory networks. Rows that bf16 holds exactly are stored so.
 
-    Raises PackError for a model of another shape, and what reading it raises.
+    Raises PackError for a model of another shape, or one whose table is of other weights, and what reading it raises.
     """
-    path = source / "tol" if (source / "tol").is_dir() else source
-    if (path / "manifest.json").exists() or not (source / "config.json").exists():
+    is_model = (source / "config.json").exists()
+    path = source / "tol" if is_model else source
+    if path.exists() or not is_model:
         table = Table.open(path)
+        if is_model and table.manifest.fingerprint != read_fingerprint(source):
+            raise PackError(f"--from {source}: the table in tol/ was built from other weights than lie beside it")
         shape = (table.manifest.vocab_size, table.manifest.num_layers, table.manifest.hidden_size)
         _check_shape(source, shape, config)
         rows = table_rows(table, tokens, layers)
@@ -102,8 +112,10 @@ class Cell:
     def read(cls, model_dir: Path, layer: int, cell: int) -> "Cell":
         """Raises PackError for a cell that does not exist, CheckpointError for a model without memory networks."""
         config = ModelConfig.load(model_dir)
-        if not config.has_memory:
-            raise CheckpointError(f"{model_dir} is a base model: its FFNs have no table")
+        checkpoint = Checkpoint(model_dir)
+        if not checkpoint.has_memory_weights():
+            raise CheckpointError(f"{model_dir} has no memory tensors; --cell reads those behind its table")
+        check_names(tensor_shapes(config, with_memory=True), checkpoint, skip_memory=False)
         if not (0 <= layer < config.num_hidden_layers and 0 <= cell < config.intermediate_size):
             raise PackError(
                 f"--layer {layer} --cell {cell}: the model has layers 0 to {config.num_hidden_layers - 1} with cells 0 "
@@ -117,9 +129,10 @@ class Cell:
         return cls(layer, coefficients, down[:, cell].float().clone())
 
     def strongest(self, share: float) -> list[int]:
-        """The tokens whose coefficient is at least this share of the largest, by size."""
+        """The tokens whose coefficient is at least this share of the largest, by size; none of a cell that is 0 for
+        all."""
         size = self.coefficients.abs()
-        return torch.nonzero(size >= share * size.max()).flatten().tolist()
+        return torch.nonzero((size >= share * size.max()) & (size > 0)).flatten().tolist()
 
     def edit(self, tokens: Sequence[int], times: float, direction: Tensor | None = None) -> Tensors:
         """The cell counts `times` as much for these tokens, its value replaced by `direction` [d] at the value's own

@@ -81,7 +81,7 @@ def read_header(start: bytes) -> Header:
         shapes = {name: tuple(raw[name]["shape"]) for name in raw}
         dtypes = {name: raw[name]["dtype"] for name in raw}
         nbytes = max(raw[name]["data_offsets"][1] for name in raw)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise PackError("it is no pack: its header lacks what `tolserve pack` writes") from None
     if version != str(FORMAT_VERSION):
         raise PackError(f"it has format version {version}; this tolserve reads {FORMAT_VERSION}")
@@ -135,10 +135,15 @@ def make_entries(tokens: Tensor, layers: Tensor, scales: Tensor, rows: Tensor, t
     return Entries(tokens.numpy(), layers.numpy(), scales.numpy(), rows)
 
 
-def write_pack(path: Path, entries: Entries, target: Target, description: str) -> None:
-    """Write a pack, whole or not at all. Raises PackError for a name or a sentence that no pack may have, OSError."""
+def check_path(path: Path) -> None:
+    """Raises PackError for a file that no request could ask for."""
     if path.suffix != SUFFIX or not is_pack_name(path.stem):
         raise PackError(f"{path}: a pack's file is called NAME{SUFFIX}, NAME of letters, digits and ._- alone")
+
+
+def write_pack(path: Path, entries: Entries, target: Target, description: str) -> None:
+    """Write a pack, whole or not at all. Raises PackError for a name or a sentence that no pack may have, OSError."""
+    check_path(path)
     if len(description) > MAX_DESCRIPTION:
         raise PackError(f"the description has {len(description)} characters; {MAX_DESCRIPTION} are allowed")
     tensors = {name: torch.from_numpy(getattr(entries, name)) for name in ("tokens", "layers", "scales")}
