@@ -1,5 +1,6 @@
 """The store of packs: what is loaded, within which bounds, and what no file may do."""
 
+import json
 import os
 import struct
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import save, save_file
 
 from packs import Changes, random_changes, save_pack, target_of
 from tol.tables import value
+from tolserve.engine.messages import Packs, decode_from_engine, encode
 from tolserve.engine.packs import Pack, PackBusy, PackStore
 from tolserve.metrics import Metrics
 from tolserve.model.pack import PackError, Target, make_entries, parse_pack
@@ -160,6 +162,7 @@ WORDS = {"tolserve_pack": "1", "description": "a test"}
         ({"scales": torch.ones(2)}, {}, "'scales' must be F32 of 3"),
         ({"scales": torch.tensor([1.0, torch.inf, 1.0])}, {}, "not finite"),
         ({"rows": torch.full((3, 32), torch.nan)}, {}, "not finite"),
+        ({"scales": torch.tensor([1.0, -1001, 1.0])}, {}, "not in -1000..1000"),
         ({"rows": torch.ones(3, 31)}, {}, "31 values"),
         ({"rows": torch.ones(3, 32, dtype=torch.float16)}, {}, "'rows' must be BF16 or F32"),
         ({"rows": torch.ones(96)}, {}, "rows"),
@@ -186,6 +189,41 @@ def test_what_is_no_pack_fails_alone(
     assert [view.name for view in store.view()] == ["bad", "good"]
     assert store.view()[1].problem is None
     assert store.view()[1].entries == 3
+
+
+TENSOR = {"dtype": "F32", "shape": [3], "data_offsets": [0, 1]}
+ROWS = TENSOR | {"shape": [3, 32]}
+SHAPES = {"tokens": TENSOR | {"dtype": "I32"}, "layers": TENSOR | {"dtype": "I32"}, "scales": TENSOR}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 16_000,
+        json.dumps({"__metadata__": WORDS | {"fingerprint": "F"}}),
+        json.dumps({"__metadata__": WORDS | {"fingerprint": "F", "description": "\ud800"}} | SHAPES),
+        json.dumps({"__metadata__": WORDS | {"fingerprint": "\ud800"}} | SHAPES | {"rows": ROWS}),
+        *(
+            json.dumps({"__metadata__": WORDS | {"fingerprint": "F"}} | each)
+            for shape in ([2**65], [True], ["3"], [-3], [[]], {})
+            for each in [{name: TENSOR | {"shape": shape} for name in SHAPES} | {"rows": ROWS}]
+        ),
+        *(
+            json.dumps({"__metadata__": WORDS | {"fingerprint": "F"}} | SHAPES | {"rows": TENSOR | {"shape": shape}})
+            for shape in ([3, 2**65], [3, True], [3, 31], [3, -1], [3, 1.5], [3, None], [2**40, 32])
+        ),
+    ],
+)
+def test_a_header_of_any_kind_can_be_listed(store_of: Store, folder: Path, tiny_model_dir: Path, header: str) -> None:
+    """And said to the API, and refused by name."""
+    data = header.replace('"F"', f'"{target_of(tiny_model_dir).fingerprint}"').encode()
+    (folder / "bad.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + bytes(3 * (12 + 4 * 32)))
+    store, _ = store_of()
+    (view,) = store.view()
+    assert view.problem is not None
+    assert decode_from_engine(encode(Packs([view], None))) == Packs([view], None)
+    with pytest.raises(PackError, match="'bad' cannot be used"):
+        store.take(["bad"])
 
 
 @settings(max_examples=150)

@@ -174,7 +174,7 @@ class PackStore:
             with self._path(name).open("rb") as file:
                 if _stamp_of(os.fstat(file.fileno())) != stamp:
                     raise PackBusy("its file was changed just now; try again")
-                check_header(read_header(file.read(MAX_HEADER)), self._target)
+                check_header(read_header(file.read(MAX_HEADER)), self._target, stamp[1])
                 self._make_room(stamp[1])
                 file.seek(0)
                 data = file.read(stamp[1])
@@ -203,7 +203,7 @@ class PackStore:
             loaded = name in self._loaded and self._loaded[name].stamp == stamp
             with self._path(name).open("rb") as file:
                 header = read_header(file.read(MAX_HEADER))
-            check_header(header, self._target)
+            check_header(header, self._target, stamp[1])
         except (OSError, PackError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             return PackView(name, None, None, None, loaded, reason)

@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 MAX_DESCRIPTION = 500  # characters
 # A header of four tensors and such a sentence, at up to twelve bytes of JSON a character, takes 7 KB.
 MAX_HEADER = 16 * 1024
+MAX_SCALE = 1000  # four packs at this and the largest alpha stay far inside float32
+_NUMBERS = 12  # bytes of an entry's token, layer and scale
 _DTYPES = {"tokens": ("I32",), "layers": ("I32",), "scales": ("F32",), "rows": ("BF16", "F32")}
 
 
@@ -60,11 +62,12 @@ class Entries:
 
 @dataclass(frozen=True)
 class Header:
-    """What a pack's file says of itself before its data. `nbytes` are those of the data."""
+    """What a pack's file says of itself before its data. `nbytes` are those of the data, `file_bytes` all."""
 
     entries: int
     hidden_size: int
     nbytes: int
+    file_bytes: int
     fingerprint: str
     description: str
 
@@ -78,25 +81,30 @@ def read_header(start: bytes) -> Header:
         raw = json.loads(start[8 : 8 + size])
         metadata = raw.pop("__metadata__", {})
         version, fingerprint, description = (metadata[name] for name in ("tolserve_pack", "fingerprint", "description"))
+        for text in (fingerprint, description):
+            text.encode()  # what is no text cannot be told to anybody
         shapes = {name: tuple(raw[name]["shape"]) for name in raw}
         dtypes = {name: raw[name]["dtype"] for name in raw}
-        nbytes = max(raw[name]["data_offsets"][1] for name in raw)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise PackError("it is no pack: its header lacks what `tolserve pack` writes") from None
     if version != str(FORMAT_VERSION):
         raise PackError(f"it has format version {version}; this tolserve reads {FORMAT_VERSION}")
-    if len(rows := shapes.get("rows", ())) != 2:
+    rows = shapes.get("rows", ())
+    if len(rows) != 2 or not all(type(n) is int and 0 <= n < 1 << 31 for n in rows):
         raise PackError("it has no tensor rows [entries, hidden_size]")
     for name, known in _DTYPES.items():
         if shapes.get(name) != (rows if name == "rows" else rows[:1]) or dtypes[name] not in known:
             raise PackError(f"its tensor {name!r} must be {' or '.join(known)} of {rows[0]} entries")
-    if len(raw) != len(_DTYPES) or not isinstance(nbytes, int) or not all(isinstance(n, int) for n in rows):
+    if len(raw) != len(_DTYPES):
         raise PackError("it holds other tensors than a pack has")
-    return Header(rows[0], rows[1], nbytes, str(fingerprint), str(description)[:MAX_DESCRIPTION])
+    nbytes = rows[0] * (_NUMBERS + rows[1] * (2 if dtypes["rows"] == "BF16" else 4))
+    return Header(rows[0], rows[1], nbytes, 8 + size + nbytes, fingerprint, description[:MAX_DESCRIPTION])
 
 
-def check_header(header: Header, target: Target) -> None:
-    """Raises PackError for a pack of another model."""
+def check_header(header: Header, target: Target, file_bytes: int) -> None:
+    """Raises PackError for a pack of another model, and for a file of another size than the header says."""
+    if header.file_bytes != file_bytes:
+        raise PackError(f"its file has {file_bytes:,} bytes, and its header is one of {header.file_bytes:,}")
     if header.fingerprint != target.fingerprint:
         raise PackError(
             f"it was made for other weights (fingerprint {header.fingerprint[:64]}, this model's is "
@@ -111,7 +119,7 @@ def parse_pack(data: bytes, target: Target) -> Entries:
 
     Raises PackError.
     """
-    check_header(read_header(data[:MAX_HEADER]), target)
+    check_header(read_header(data[:MAX_HEADER]), target, len(data))
     try:
         tensors: dict[str, Tensor] = load(data)
     except SafetensorError as error:
@@ -126,6 +134,8 @@ def make_entries(tokens: Tensor, layers: Tensor, scales: Tensor, rows: Tensor, t
             raise PackError(f"a {name} is not in 0..{end - 1}")
     if not scales.isfinite().all() or not rows.isfinite().all():
         raise PackError("a number in it is not finite")
+    if scales.numel() and float(scales.abs().max()) > MAX_SCALE:
+        raise PackError(f"a scale is not in {-MAX_SCALE}..{MAX_SCALE}")
     pairs = tokens.long() * target.num_layers + layers
     pairs, order = pairs.sort()
     if (pairs[1:] == pairs[:-1]).any():
