@@ -29,7 +29,7 @@ from engine.flights import open_ahead
 from engine.test_engine import FLOAT32_BOUND, all_close, assert_same_output, prompt_of
 from packs import Changes, apply, random_changes, save_pack
 from tiny import tiny_config
-from tol.tables import value
+from tol.tables import flip_byte, value
 from tolserve.engine.engine import Engine
 from tolserve.engine.request import Request, Steering
 from tolserve.model.blocks import rotary_tables
@@ -37,6 +37,7 @@ from tolserve.model.build import BuildOptions, build_table
 from tolserve.model.checkpoint import compute_fingerprint, load_transformer, save_checkpoint
 from tolserve.model.config import ModelConfig
 from tolserve.model.transformer import Transformer, causal_attention
+from tolserve.tol.table import Table
 
 LAYERS = 2
 PACKS = 4
@@ -140,17 +141,21 @@ def test_alpha_one_and_an_empty_pack_change_no_bit(
     }
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_alpha_zero_is_a_model_whose_records_are_zero(
-    engine_of: OpenEngine, tiny_model_dir: Path, tmp_path: Path
+    engine_of: OpenEngine, tiny_model_dir: Path, tmp_path: Path, encoding: str
 ) -> None:
     config = ModelConfig.load(tiny_model_dir)
     state = load_transformer(tiny_model_dir, with_memory=True, dtype=torch.bfloat16).state_dict()
     silent = {name: torch.zeros_like(t) if "memory.down_proj" in name else t for name, t in state.items()}
     save_checkpoint(tmp_path, config, silent, compute_fingerprint(config, silent))
+    build_table(tiny_model_dir, tmp_path / "own", ENCODINGS[encoding])
+    build_table(tmp_path, tmp_path / "zero", ENCODINGS[encoding])
+    options = {"device_cache": "100%", "any_encoding": True}
     plain = [scored(f"r{index}", index, 6) for index in range(4)]
-    with engine_of(tmp_path, device_cache="100%") as engine:
+    with engine_of(tmp_path, table=str(tmp_path / "zero"), **options) as engine:
         expected, steps = serve_recorded(engine, {0: plain})
-    with engine_of(device_cache="100%") as engine:
+    with engine_of(table=str(tmp_path / "own"), **options) as engine:
         found = replay(engine, [steered(each, 0.0) for each in plain], steps)
         assert [found[each.request_id].text for each in plain] == [expected[each.request_id].text for each in plain]
         dropped = serve(engine, [steered(plain[0], (0.0, 1.0))])["r0"]
@@ -311,6 +316,19 @@ def test_a_preempted_request_keeps_its_packs_and_its_tokens(engine_of: OpenEngin
         assert_same_output(serve(engine, asked), alone)
         assert value(engine.registry, "num_preemptions_total") > 0
         assert not [pack for pack in store_of(engine)._loaded.values() if pack.users]
+        assert_idle(engine)
+
+
+def test_a_request_whose_record_cannot_be_read_lets_its_packs_go(
+    engine_of: OpenEngine, tiny_model_dir: Path, tmp_path: Path, packs: str
+) -> None:
+    build_table(tiny_model_dir, tmp_path / "tol")
+    with engine_of(table=str(tmp_path / "tol"), packs=packs) as engine:
+        flip_byte(Table.open(tmp_path / "tol"), 250)
+        failure = serve(engine, [steered(request("r", [3, 250, 5]), 1.0, "p0")])["r"].failure
+        assert failure is not None
+        assert failure.kind == "table"
+        assert [pack.users for pack in store_of(engine)._loaded.values()] == [0]
         assert_idle(engine)
 
 
