@@ -1,15 +1,20 @@
 """Steering through the real server and the official client."""
 
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from openai import BadRequestError, OpenAI
 
 from e2e.conftest import Running
 from packs import random_changes, save_pack
 from tiny import tiny_config
+from tolserve.model.checkpoint import compute_fingerprint, load_transformer, save_checkpoint
+from tolserve.model.config import ModelConfig
 
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 12}
 PROMPT = "The old house stood at the end of the lane."
@@ -22,6 +27,7 @@ def steerable(
     folder = tmp_path_factory.mktemp("packs")
     for index, name in enumerate(("loud", "calm")):
         save_pack(folder / f"{name}.safetensors", model_dir, random_changes(model_dir, index, range(300)), f"is {name}")
+    save_pack(folder / "empty.safetensors", model_dir, {})
     (folder / "broken.safetensors").write_text("no pack")
     return start_server("--device-cache", "60", "--packs", str(folder)).wait_ready()
 
@@ -59,6 +65,64 @@ def test_a_request_steers_and_the_next_one_does_not(steerable: Running) -> None:
     assert "".join(chunk.choices[0].text for chunk in stream) == texts[0]
 
 
+def scored(client: OpenAI, salt: str, tol: dict[str, Any] | None, **fields: Any) -> tuple[str, Any]:
+    """Text and log-probabilities, of the prompt as well. Nothing is found in the prefix cache: a prompt whose beginning
+    is, runs in another step and may round otherwise."""
+    body = {"ignore_eos": True, "cache_salt": salt} | ({"tol": tol} if tol is not None else {})
+    fields = {"prompt": PROMPT, "logprobs": 3, "echo": True} | GREEDY | fields
+    (choice,) = client.completions.create(extra_body=body, **fields).choices
+    return choice.text, choice.logprobs.model_dump()
+
+
+def test_alpha_one_and_an_empty_pack_change_no_bit(steerable: Running) -> None:
+    client = steerable.openai()
+    plain = scored(client, "plain", None)
+    nothing: list[dict[str, Any]] = [
+        {}, {"alpha": 1}, {"alpha": [1, 1]}, {"drop_layers": []}, {"edits": []}, {"edits": "empty"},
+        {"edits": ["empty", "empty"], "alpha": 1},
+    ]  # fmt: skip
+    for number, tol in enumerate(nothing):
+        assert scored(client, f"nothing-{number}", tol) == plain, tol
+    assert scored(client, "something", {"edits": ["empty", "calm"]}) != plain
+
+
+def test_alpha_zero_is_a_model_whose_records_are_zero(
+    start_server: Callable[..., Running], steerable: Running, model_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "silent")
+    config = ModelConfig.load(model_dir)
+    state = load_transformer(model_dir, with_memory=True, dtype=torch.bfloat16).state_dict()
+    state |= {name: torch.zeros_like(weight) for name, weight in state.items() if "memory.down_proj" in name}
+    save_checkpoint(tmp_path / "silent", config, state, compute_fingerprint(config, state))
+    silent = start_server("--device-cache", "60", model=tmp_path / "silent").wait_ready().openai()
+    for tol in ({"alpha": 0}, {"alpha": [0, 0.0]}, {"drop_layers": [0, 1]}, {"alpha": 0, "edits": "loud"}):
+        assert scored(steerable.openai(), f"zero-{tol}", tol) == scored(silent, "silent", None)
+
+
+def test_requests_with_different_packs_run_in_one_batch(steerable: Running) -> None:
+    """Each gets what it gets alone, though they share steps and cached records."""
+    kinds: list[dict[str, Any] | None] = [
+        None, {"edits": "loud"}, {"edits": "calm"}, {"edits": ["loud", "calm"]}, {"alpha": 0.5}, {"drop_layers": [1]},
+        None, {"edits": "calm", "alpha": -1},
+    ]  # fmt: skip
+    client = steerable.openai()
+
+    def ask(kind: dict[str, Any] | None, salt: str) -> str:
+        return scored(client, salt, kind, max_tokens=60, echo=False)[0]
+
+    def steps() -> float:
+        return steerable.metric("tolserve_iteration_tokens_total_count")
+
+    start = steps()
+    alone = [ask(kind, "alone") for kind in kinds]
+    between = steps()
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        together = [*pool.map(ask, kinds, ["together"] * len(kinds))]
+    assert together == alone
+    assert len(set(alone)) == len(kinds) - 1
+    assert steps() - between < (between - start) / 2, "most steps had several of them"
+
+
 @pytest.mark.parametrize(
     ("tol", "message"),
     [
@@ -81,7 +145,7 @@ def test_the_packs_are_listed_behind_the_key(steerable: Running, server: Running
     with steerable.http() as http:
         listed = {pack["name"]: pack for pack in http.get("/v1/memory/packs").json()["packs"]}
         assert http.get("/v1/memory/packs", headers={"authorization": ""}).status_code == 401
-    assert sorted(listed) == ["broken", "calm", "loud"]
+    assert sorted(listed) == ["broken", "calm", "empty", "loud"]
     loud = listed["loud"]
     assert (loud["loaded"], loud["description"], loud["problem"]) == (True, "is loud", None)
     assert loud["bytes"] == loud["entries"] * (4 * 32 + 12)
