@@ -28,8 +28,9 @@ from engine.driver import (
 from engine.flights import open_ahead
 from engine.test_engine import FLOAT32_BOUND, all_close, assert_same_output, prompt_of
 from packs import Changes, apply, random_changes, save_pack
-from tiny import tiny_config
+from tiny import random_model, tiny_config
 from tol.tables import flip_byte, value
+from tolserve.cli import main
 from tolserve.engine.engine import Engine
 from tolserve.engine.request import Request, Steering
 from tolserve.model.blocks import rotary_tables
@@ -160,6 +161,28 @@ def test_alpha_zero_is_a_model_whose_records_are_zero(
         assert [found[each.request_id].text for each in plain] == [expected[each.request_id].text for each in plain]
         dropped = serve(engine, [steered(plain[0], (0.0, 1.0))])["r0"]
         assert not all_close([*dropped.logprobs], [*expected["r0"].logprobs])
+
+
+def test_a_pack_of_all_of_another_models_rows_makes_one_that_model(
+    engine_of: OpenEngine, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """To the last bit: `tolserve pack --from`, loaded and applied."""
+    config, other = ModelConfig.load(tiny_model_dir), random_model(tiny_config(), seed=3).state_dict()
+    state = load_transformer(tiny_model_dir, with_memory=True, dtype=torch.bfloat16).state_dict()
+    state |= {name: weight.to(torch.bfloat16) for name, weight in other.items() if "memory" in name}
+    save_checkpoint(tmp_path / "other", config, state, compute_fingerprint(config, state))
+    every = ",".join(map(str, range(config.vocab_size)))
+    words = ["--from", str(tmp_path / "other"), "--tokens", every, "--out", str(tmp_path / "packs" / "p.safetensors")]
+    assert main(["pack", str(tiny_model_dir), *words]) == 0
+    plain = [scored(f"r{index}", index, 6) for index in range(4)]
+    with engine_of(tmp_path / "other", device_cache="100%") as engine:
+        expected, steps = serve_recorded(engine, {0: plain})
+    with engine_of(device_cache="100%", packs=str(tmp_path / "packs")) as engine:
+        found = replay(engine, [steered(each, 1.0, "p") for each in plain], steps)
+        assert_idle(engine)
+        unlike = serve(engine, [plain[0]])["r0"]
+    assert [found[each.request_id].text for each in plain] == [expected[each.request_id].text for each in plain]
+    assert not all_close([*unlike.logprobs], [*expected["r0"].logprobs])
 
 
 def mixed() -> list[Request]:
