@@ -12,12 +12,13 @@ import torch
 
 from tolkernels import fast_on_cpu
 from tolserve.engine.boot import spin_briefly
+from tolserve.study.report import device_name
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -34,15 +35,6 @@ def become_engine() -> None:
     if "GOMP_SPINCOUNT" not in os.environ and sys.platform == "linux":
         spin_briefly()
         os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def write(report: dict[str, Any], out: Path | None) -> None:

@@ -27,6 +27,7 @@ from tolserve.settings import (
     ServeSettings,
     StudyAlphaSettings,
     StudyCompareSettings,
+    StudyDecodeCostSettings,
     StudyDropLayerSettings,
     StudyLowrankSettings,
     StudyParamsSettings,
@@ -440,6 +441,7 @@ COMMANDS = {
     ("study", "prune"): Command(StudyPruneSettings, study.prune),
     ("study", "tkv"): Command(StudyTkvSettings, study.tkv),
     ("study", "compare"): Command(StudyCompareSettings, study.compare),
+    ("study", "decode-cost"): Command(StudyDecodeCostSettings, study.decode_cost),
 }
 
 

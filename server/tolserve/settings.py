@@ -565,3 +565,26 @@ class StudyCompareSettings(StudyOptions):
     text: list[Path] = Field([], description="text to measure perplexity on beside --held-out; several")
     blimp: Path | None = Field(None, description="BLiMP's zip, to measure its accuracies as well")
     pairs: Positive = Field(200, description="pairs of each of BLiMP's paradigms; it has 1,000")
+
+
+class StudyDecodeCostSettings(StudyOptions):
+    """Memory and ms a token of the five variants, predicted and measured (Table 6)."""
+
+    preset: Literal["250M", "750M", "1B"] | None = Field(None, description="a size of the paper's, for the next three")
+    hidden_size: Positive = 1024
+    num_hidden_layers: Positive = 8
+    num_attention_heads: Positive = 16
+    vocab_size: Positive | None = Field(None, description="8,192, of a preset 128,256, if not given")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the variants run; auto prefers cuda")
+    device_cache: CacheSize = Field("10%", description="records on the device: a count, bytes (2GiB) or share (10%)")
+    context: Positive = Field(64, description="tokens of the prompt")
+    steps: Positive = Field(16, description="timed tokens of a variant in a round")
+    rounds: Positive = Field(7, description="turns of each variant")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the tokens that are run")
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        sizes = {"hidden_size", "num_hidden_layers", "num_attention_heads"}
+        if self.preset is not None and (given := self.model_fields_set & sizes):
+            raise ValueError(f"{self.flag(min(given))}: --preset {self.preset} has one of its own")
+        return self

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tolserve.settings import (
     StudyAlphaSettings,
     StudyCompareSettings,
+    StudyDecodeCostSettings,
     StudyDropLayerSettings,
     StudyLowrankSettings,
     StudyOptions,
@@ -23,6 +24,8 @@ from tolserve.settings import (
     StudyTkvSettings,
     TaskOptions,
 )
+
+_VOCABULARY = 8192  # of decode-cost: the random table takes 134 MB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,6 +113,19 @@ def compare(settings: StudyCompareSettings) -> None:
         lambda progress: run(seeds, shape, recipe, settings.out, settings.save_every, tasks, progress),
         draw,
     )
+
+
+def decode_cost(settings: StudyDecodeCostSettings) -> None:
+    from tolserve.study.compare import Shape
+    from tolserve.study.decode_cost import Setup, draw, preset_shapes, run, shapes
+
+    if settings.preset is not None:
+        configs = preset_shapes(settings.preset, settings.vocab_size)
+    else:
+        sizes = (settings.hidden_size, settings.num_hidden_layers, settings.num_attention_heads)
+        configs = shapes(Shape(*sizes, settings.vocab_size or _VOCABULARY))
+    setup = Setup(**settings.model_dump(include=set(Setup.__dataclass_fields__)))
+    finish(settings, lambda progress: run(configs, setup, settings.out, progress), draw)
 
 
 def tasks(settings: TaskOptions) -> "Tasks":

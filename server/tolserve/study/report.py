@@ -48,6 +48,18 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
     }
 
 
+def device_name(device: str) -> str:
+    """Of "cuda" the GPU's, else the processor's."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
 def require(*packages: str) -> None:
     """Raises StudyError where a package of the extra `study` is not installed: before the work, not behind it."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
