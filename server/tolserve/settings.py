@@ -534,7 +534,7 @@ class StudyTkvSettings(StudyOptions):
     model: CliPositionalArg[Path] = Field(description="model directory, memory or flex, with its memory.* tensors")
     layer: int = Field(0, ge=0, description="layer whose clusters, neighbours and cells are shown")
     clusters: int = Field(32, ge=2, description="clusters of each layer")
-    token: list[str] = Field([], description="token whose neighbours to show, as ' king'; several")
+    token: TokenWords = Field((), description="tokens whose neighbours to show, as ' king, queen'")
     cells: Cells = Field((), description="cells to read, as 3,17; the strongest ones if not given")
     sample: int = Field(4096, ge=2, description="tokens that stand for the vocabulary in clusters and figures")
     projection: Literal["tsne", "pca"] = Field("tsne", description="of the picture; pca is quicker")

@@ -16,7 +16,7 @@ from tiny import random_model, tiny_config
 from tolserve.cli import main
 from tolserve.model.checkpoint import load_transformer
 from tolserve.model.config import ModelConfig
-from tolserve.settings import DEMO_MODEL
+from tolserve.settings import DEMO_MODEL, StudyTkvSettings
 from tolserve.study import tkv
 from tolserve.study.report import StudyError, write
 
@@ -229,3 +229,8 @@ def test_the_command_writes_and_prints_what_people_read(
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "tkv.json").read_text())
     assert main([*argv, "--token", "two words"]) == 1
     assert "--token 'two words'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--token", " king", "--token", " queen"], ["--token", " king, queen"]])
+def test_tokens_keep_their_spaces_on_the_command_line(words: list[str]) -> None:
+    assert StudyTkvSettings.load(["m", "--out", "o", *words], "tkv").token == (" king", " queen")
