@@ -93,3 +93,11 @@ def test_another_file_is_refused(studied_of: Callable[[FfnVariant], Studied], tm
             read_pairs(studied, path, 1)
     with pytest.raises(StudyError, match="--pairs 0"):
         read_pairs(studied, blimp_zip, 0)
+
+
+def test_the_docs_give_the_grouping_as_it_is() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    for name, phenomenon in PHENOMENA.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[2:] == [phenomenon.group, phenomenon.reason]
