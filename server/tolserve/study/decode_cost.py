@@ -47,7 +47,6 @@ DTYPE = torch.bfloat16  # of weights, keys and values, as in the paper
 # Of the matrix whose reading is timed. It is as large as base's layers, so that a cache helps both alike; past this
 # size no cache helps.
 _MOST_READ = 1 << 30
-_READS = 3  # of it in a row, of which the fastest counts: a rate is what the machine can do
 _DISK_ROOM = 1.05  # beside records a table has checksums, and other programs write too
 _NO_MODEL = os.devnull  # a folder without weights: the footprint then takes them to be in DTYPE
 # From the start a device cache holds what is most frequent in a history of so many tokens for each in the vocabulary.
@@ -224,16 +223,18 @@ class _Reader:
         self._weight = make_weight(matrix, precision.matrix(DTYPE))
         self._x = torch.ones(1, base.hidden_size, dtype=precision.activations, device=device)
 
-    def rate(self) -> float:
-        """Bytes/s, now."""
-        times = []
-        for _ in range(_READS):
-            started = time.perf_counter()
+    def rate(self, reads: int) -> float:
+        """Bytes/s over so many reads, timed as a variant's turn is: the machine is as busy for both."""
+        self._read(1)
+        started = time.perf_counter()
+        self._read(reads)
+        return reads * self._weight.nbytes / (time.perf_counter() - started)
+
+    def _read(self, times: int) -> None:
+        for _ in range(times):
             linear(self._x, self._weight)
-            if self._x.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return self._weight.nbytes / min(times)
+        if self._x.is_cuda:
+            torch.cuda.synchronize()
 
 
 def _measure(
@@ -252,7 +253,7 @@ def _measure(
     rates = []
     for turn in range(setup.rounds):
         tokens = text.take(1 + setup.steps)
-        rates.append(reader.rate())
+        rates.append(reader.rate(setup.steps))
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             seconds[name].append(_seconds_per_token(engines[name], tokens))
