@@ -25,19 +25,19 @@ from tolserve.model.serving import ServingModel
 from tolserve.model.transformer import causal_attention
 from tolserve.settings import DEMO_MODEL
 from tolserve.tol.table import Table
-from tolserve.train.evaluate import HeldOut, evaluate
+from tolserve.train.evaluate import HeldOut, batch_values, mean_loss
 
 WEIGHTS = ("auto", "int8", "int4")
 TABLES = ("bf16", "int8", "int4")
 
 
 class Dense:
-    """A serving model over whole sequences, as `evaluate` calls it."""
+    """A serving model over whole sequences, as `mean_loss` calls it."""
 
     def __init__(self, model: ServingModel, rows: Rows) -> None:
         self.model, self.rows = model, rows
 
-    def __call__(self, tokens: Tensor, alpha: float) -> Tensor:
+    def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [B, S] -> logits [B, S, V]."""
         config, flat = self.model.config, tokens.flatten()
         heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
@@ -55,12 +55,13 @@ class Dense:
 
 
 def measure(model: ServingModel, rows: Rows, text: HeldOut) -> dict[str, Any]:
+    loss = mean_loss(Dense(model, rows), text, 1024, batch_values(model.config), torch.device("cpu"))
     return {
         "weights": model.layers[0].qkv.encoding,
         "weight_bytes": model.nbytes,
         "table": rows.manifest.encoding.name,
         "record_bytes": rows.manifest.record_bytes,
-        "bits_per_byte": evaluate(Dense(model, rows), text, 1024).bits_per_byte,  # type: ignore[arg-type]
+        "bits_per_byte": loss.bits_per_byte,
     }
 
 

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tolserve.study.evaluate import Forward, Rows, Scale, Studied, batch_values, rectangles
+from tolserve.study.evaluate import Forward, Rows, Scale, Studied
 from tolserve.study.report import StudyError
 from tolserve.train.data import Tokens
+from tolserve.train.evaluate import batch_values, rectangles
 
 Group = Literal["recall", "structure"]
 

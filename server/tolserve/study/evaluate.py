@@ -5,7 +5,7 @@ rows, a base model's FFN. One number for all layers, or one for each.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,14 +27,11 @@ from tolserve.study.params import count_parameters
 from tolserve.study.report import StudyError
 from tolserve.tol.encoding import RowLayout
 from tolserve.tol.table import Table
-from tolserve.train.data import DataError, Tokens, read_documents
-from tolserve.train.evaluate import HeldOut, Loss, windows
+from tolserve.train.data import read_documents
+from tolserve.train.evaluate import HeldOut, Loss, batch_values, mean_loss
 
 Rows = Tensor  # float32 [vocab_size, layers, hidden_size]
 Scale = Sequence[float] | float
-
-# Logits of a batch, in values: 268 MB, and as much again for their softmax.
-LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -201,39 +198,13 @@ def read_text(studied: Studied, path: Path, tokens: int | None) -> HeldOut:
     return HeldOut(tuple(np.array([studied.separator, *ids], np.int32) for ids in parts), size)
 
 
-def rectangles(sequences: Iterable[Tokens], values: int) -> Iterator[tuple[list[int], Tensor]]:
-    """Sequences of equal length together, since a batch is a rectangle: where they were in the order given, and int64
-    [n, length] of at most `values` tokens (at least one sequence)."""
-    by_length: dict[int, list[tuple[int, Tokens]]] = {}
-    for index, sequence in enumerate(sequences):
-        by_length.setdefault(len(sequence), []).append((index, sequence))
-    for length, group in sorted(by_length.items()):
-        size = max(1, values // length)
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            yield [index for index, _ in part], torch.from_numpy(np.stack([sequence for _, sequence in part])).long()
-
-
-def batch_values(config: ModelConfig) -> int:
-    """Tokens in a batch whose logits are all held: 8,192 at a vocabulary of 8,192, 523 at 128,256."""
-    return LOGITS // config.vocab_size
-
-
-@torch.inference_mode()
 def loss_of(studied: Studied, text: HeldOut, length: int, rows: Rows | None = None, scale: Scale = 1.0) -> Loss:
     """Mean loss over windows of `length` tokens of a text that was read. Raises StudyError, DataError for an empty
     text."""
     if not 1 <= length <= studied.config.max_position_embeddings:
         raise StudyError(f"--length {length}: {studied.name} takes 1 to {studied.config.max_position_embeddings}")
-    forward, nats, tokens = Forward(studied, rows, scale), 0.0, 0
-    cut = (window for document in text.documents for window in windows(document, length))
-    for _, sample in rectangles(cut, batch_values(studied.config)):
-        logits, targets = forward(sample[:, :-1]), sample[:, 1:]
-        nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-        tokens += targets.numel()
-    if not tokens:
-        raise DataError("the text is empty: there is no token to predict")
-    return Loss(nats / tokens, nats / math.log(2) / text.text_bytes, tokens)
+    forward = Forward(studied, rows, scale)
+    return mean_loss(forward, text, length, batch_values(studied.config), torch.device("cpu"))
 
 
 def perplexity(
