@@ -127,5 +127,12 @@ def test_what_is_not_computed_is_refused(tiny_model_dir: Path) -> None:
             model(TOKENS, **{name: True})
     with pytest.raises(ValueError, match=re.escape("[B, past + S]")):
         model(TOKENS, attention_mask=torch.ones(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="return_dict"):
+        model(TOKENS, return_dict=False)
+    static = transformers.StaticCache(config=model.config, max_cache_len=32)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model(TOKENS, past_key_values=static)
+    with pytest.raises(ValueError, match="DynamicCache"):
+        model.generate(TOKENS, max_new_tokens=4, cache_implementation="static")
     with pytest.raises(ConfigError, match="rope"):
         hf.MemoryLLMConfig(rope_scaling={"type": "linear", "factor": 2})

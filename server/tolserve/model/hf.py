@@ -109,6 +109,8 @@ class MemoryLLMForCausalLM(PreTrainedModel, GenerationMixin):
         for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} is not supported: rows are looked up by token id, and only logits come out")
+        if kwargs.pop("return_dict", None) is False:
+            raise ValueError("return_dict=False is not supported: the outputs come by name")
         if input_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
             raise ValueError("give input_ids [B, S], and an attention_mask [B, past + S] or none")
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
@@ -162,9 +164,10 @@ def table_rows(table: Table, tokens: Tensor) -> AddRow:
 def _attention(config: ModelConfig, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, past: Any) -> Attend:
     """Causal attention of tokens [B, S] over a cache and themselves.
 
-    Without padding and behind nothing it is the training form's, to the bit.
+    Without padding and behind nothing it is the training form's, to the bit. Raises ValueError for a cache that gives
+    back more or fewer keys than there are tokens: the mask would not be theirs.
     """
-    seen, length = past.get_seq_length() if past is not None else 0, tokens.shape[1]
+    seen, length = int(past.get_seq_length()) if past is not None else 0, tokens.shape[1]
     if mask is not None and mask.all():
         mask = None
     if positions is None:
@@ -185,6 +188,8 @@ def _attention(config: ModelConfig, tokens: Tensor, mask: Tensor | None, positio
         q, k, v = (t.transpose(-3, -2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if past is not None:
             k, v = past.update(k, v, layer)
+            if k.shape[-2] != seen + length:
+                raise ValueError(f"{type(past).__name__} is not supported as past_key_values; give a DynamicCache")
         causal = visible is None and length > 1
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True)
         return found.transpose(-3, -2)
