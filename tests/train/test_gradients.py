@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from reference import Array, Reference, weights_of
 from tiny import random_model, tiny_config
 from tiny_run import recipe_of
 from tolserve.model.config import ModelConfig
-from tolserve.train.objective import Objective
+from tolserve.train.objective import Objective, loss_terms
 from tolserve.train.ranks import ALONE
 
 VARIANTS = {
@@ -99,3 +100,20 @@ def test_the_loss_that_is_logged_is_the_mean_cross_entropy() -> None:
         recipe = recipe_of(Path(), batch=2, length=3, z_loss=Z_LOSS, accumulate=pieces)
         found = Objective(model, recipe, ALONE).backward(BATCH)
         assert found == pytest.approx(expected - Z_LOSS * np.mean(penalties), rel=1e-5)
+
+
+def test_distilling_takes_no_gradient_of_the_texts_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its share would be zero, at the price of a pass over all logits."""
+    ran: list[Tensor] = []
+
+    def watched(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+        cross_entropy, penalty = loss_terms(logits, targets, z_loss)
+        cross_entropy.register_hook(ran.append)
+        return cross_entropy, penalty
+
+    monkeypatch.setattr("tolserve.train.objective.loss_terms", watched)
+    model, teacher = random_model(smallest("memory")).requires_grad_(True), random_model(smallest("base"), 3)
+    for distil in (False, True):
+        recipe = recipe_of(Path(), batch=2, length=3, init_from="x", distil=distil)
+        Objective(model, recipe, ALONE, teacher if distil else None).backward(BATCH)
+        assert len(ran) == 1  # of the first, which learns the text

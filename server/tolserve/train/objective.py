@@ -14,11 +14,11 @@ from tolserve.train.recipe import Recipe, TrainError
 
 
 def loss_terms(logits: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy, and what is minimised: cross entropy + z_loss * mean(logsumexp^2)."""
+    """Mean cross entropy, and what is minimised beside it: z_loss * mean(logsumexp^2)."""
     normaliser = logits.float().logsumexp(-1)
     picked = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).float()
     cross_entropy = (normaliser - picked).mean()
-    return cross_entropy, cross_entropy + z_loss * normaliser.square().mean()
+    return cross_entropy, z_loss * normaliser.square().mean()
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ class Objective:
         """Mean cross entropy, and what is minimised."""
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.recipe.autocast == "bf16"):
             logits = self._forward(inputs)
-            cross_entropy, objective = loss_terms(logits, targets, self.recipe.z_loss)
+            cross_entropy, penalty = loss_terms(logits, targets, self.recipe.z_loss)
             if self.teacher is None:
-                return cross_entropy, objective
+                return cross_entropy, cross_entropy + penalty
             with torch.no_grad():
                 expected = self.teacher(inputs)
-            return cross_entropy, objective - cross_entropy + divergence(logits, expected)
+            return cross_entropy, penalty + divergence(logits, expected)
