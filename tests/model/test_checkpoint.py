@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back, and anything else is refused by name."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tolserve.model.checkpoint import (
     load_transformer,
     read_fingerprint,
     save_checkpoint,
+    save_tensors,
 )
 from tolserve.model.config import ConfigError, ModelConfig
 
@@ -60,6 +62,18 @@ def test_a_checkpoint_comes_back(tmp_path: Path, variant: str, tied: bool, dtype
         assert torch.equal(parameter, saved[name].float()), name
         assert not parameter.requires_grad
     assert not [path for path in (tmp_path / "new" / "model").iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_who_may_read_a_checkpoint_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    """A server often runs as another user than the training."""
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(3)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_a_base_checkpoint_has_llamas_tensor_names() -> None:

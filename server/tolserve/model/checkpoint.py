@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tolserve.model.config import ModelConfig
 from tolserve.model.transformer import Transformer
+from tolserve.tol.files import sync_folder
 
 WEIGHTS = "model.safetensors"
 FINGERPRINT_KEY = "tol_fingerprint"
@@ -147,18 +148,25 @@ def load_transformer(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file under a temporary name, sync it, and rename it into place. Raises OSError."""
+    """Write a safetensors file under a temporary name, sync it, and rename it into place.
+
+    Raises OSError, as where the disk is full; then `path` is what it was, and nothing is left beside it.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # what the umask leaves; the library's own files are their owner's alone
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777  # as the umask has it; safetensors 0.8 lets the owner alone read
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {}))
-    except SafetensorError as error:  # also for a full disk
-        raise OSError(f"{path} cannot be written: {error}") from error
-    temporary.chmod(mode)
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(temporary, path)
+        temporary.chmod(mode)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(f"{path} cannot be written: {error}") from error
+        raise
+    sync_folder(path.parent)
 
 
 def save_checkpoint(
