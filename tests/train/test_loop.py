@@ -141,10 +141,12 @@ def test_a_step_is_clipped_adamw_on_the_objective(folder: Path, tmp_path: Path) 
 
 
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "base": ("base", {}),
     "memory": ("memory", {}),
     "flex": ("flex", {}),
     "micro-batches": ("memory", {"accumulate": 2}),
     "autocast": ("memory", {"autocast": "bf16"}),
+    "own tokenizer": ("memory", {"tokenizer": None}),
 }
 
 
@@ -231,7 +233,7 @@ def test_token_files_train_as_their_text(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="give --tokenizer"):
         Run(tmp_path / "own", tiny_config(), recipe_of(folder, data=data, tokenizer=None))
     with pytest.raises(DataError, match="needs its bytes"):
-        Run(tmp_path / "held", tiny_config(), recipe_of(folder, held_out=data[0])).text.held_out()
+        Run(tmp_path / "held", tiny_config(), recipe_of(folder, held_out=data[0]))
 
 
 def test_the_saved_state_is_one_and_complete(folder: Path, tmp_path: Path) -> None:
@@ -263,11 +265,64 @@ def test_a_folder_belongs_to_one_recipe(folder: Path, tmp_path: Path, name: str)
     assert Run(tmp_path, tiny_config(), recipe).step == 0
 
 
+MISTAKES: dict[str, dict[str, Any]] = {
+    "tokenizer": {"tokenizer": "missing.json"},
+    "data": {"data": ("missing.txt",)},
+    "held-out": {"held_out": "missing.txt"},
+    "micro-batches": {"accumulate": 3},
+    "too short": {"length": 120, "data": ("short.txt",)},
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_at_the_start_and_takes_no_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, own: bool
+) -> None:
+    """Also where text was tokenised already, with a tokenizer that was trained for it."""
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("Only a few words.")
+    Path("empty.txt").touch()
+    given = {"tokenizer": None} if own else {}
+    with pytest.raises((TrainError, DataError)):
+        Run(tmp_path / "run", tiny_config(), recipe_of(folder, **given | MISTAKES[mistake]))
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+    run = Run(tmp_path / "run", tiny_config(), recipe_of(folder, **given))
+    with pytest.raises((TrainError, DataError)):
+        Run(tmp_path / "run", tiny_config(), recipe_of(folder, **given | MISTAKES[mistake]))
+    assert Run(tmp_path / "run", tiny_config(), recipe_of(folder, **given)).text.vocab_size == run.text.vocab_size
+
+
+def test_a_held_out_text_without_text_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(DataError, match=r"empty\.txt: there is no text"):
+        Run(tmp_path / "run", tiny_config(), recipe_of(folder, held_out=str(tmp_path / "empty.txt")))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(folder: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, tiny_config(), recipe_of(folder, peak_lr=1e30, min_lr=1e30, warmup=0))
+    with pytest.raises(TrainError, match=r"step \d: the loss is .* smaller --peak-lr"):
+        train(run, save_every=1)
+    state = load_file(tmp_path / "state" / f"state-{run.step:08d}.safetensors")
+    assert run.step >= 1
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_the_share_of_the_matrix_rate_is_one(folder: Path, tmp_path: Path) -> None:
+    figures = train(Run(tmp_path, tiny_config(), recipe_of(folder))).finish()
+    flops = figures["flops_per_token"] * figures["tokens_per_second"]
+    assert figures["share_of_matrix_rate"] == pytest.approx(flops / (1e9 * figures["matrix_gflops"]), abs=1e-3)
+    assert figures["tokens_per_second"] * figures["training_seconds"] <= figures["training_tokens"] * 2
+
+
 def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="does not exist"):
         Run(tmp_path / "a", tiny_config(), recipe_of(folder, tokenizer=str(tmp_path / "none.json")))
     with pytest.raises(TrainError, match="--vocab-size is 301"):
         Run(tmp_path / "b", tiny_config(vocab_size=301), recipe_of(folder))
+    (tmp_path / "none.json").write_text('{"model": ')
+    with pytest.raises(TrainError, match=r"none\.json cannot be used"):
+        Run(tmp_path / "a", tiny_config(), recipe_of(folder, tokenizer=str(tmp_path / "none.json")))
     foreign = Tokenizer.from_file(str(folder / "tokenizer.json")).to_str().replace(END_OF_TEXT, "<|other|>")
     Tokenizer.from_str(foreign).save(str(tmp_path / "foreign.json"))
     with pytest.raises(TrainError, match="endoftext"):
@@ -312,7 +367,7 @@ def test_a_short_run_learns_and_leaves_a_model_directory(folder: Path, tmp_path:
 
 def test_held_out_bytes_are_those_of_the_text(folder: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, tiny_config(), recipe_of(folder))
-    held_out = run.text.held_out()
+    held_out = run.held_out
     assert held_out is not None
     assert held_out.text_bytes == (folder / "unseen.txt").stat().st_size
     assert [document[0] for document in held_out.documents] == [run.text.separator]

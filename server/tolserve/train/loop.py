@@ -3,9 +3,11 @@
 import ctypes
 import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from tqdm import tqdm
 from tolserve.model.checkpoint import compute_fingerprint, save_checkpoint, save_tensors
 from tolserve.model.config import ModelConfig
 from tolserve.model.transformer import Transformer
+from tolserve.tol.files import replacing
 from tolserve.train.data import Sequences, Tokens
 from tolserve.train.evaluate import Loss, evaluate
 from tolserve.train.objective import Objective
 from tolserve.train.ranks import ALONE, Ranks
 from tolserve.train.rate import distinct_share, matrix_rate, training_flops
-from tolserve.train.recipe import Recipe, TrainError, claim
+from tolserve.train.recipe import Recipe, TrainError, claimed
 from tolserve.train.start import TOKENIZER_FILES, load_teacher, take_over
 from tolserve.train.text import Text
 from tolserve.train.tokenizer import save_tokenizer
@@ -61,10 +64,20 @@ class Run:
         self.out, self.state_dir, self.recipe, self.ranks = out, out / "state", recipe, ranks
         if recipe.length > shape.max_position_embeddings:
             raise TrainError(f"--length {recipe.length}: the model has {shape.max_position_embeddings} positions")
+        with claimed(out, shape, recipe) if ranks.first else nullcontext():
+            self._prepare(shape)
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []  # of the steps since the last row of loss.csv
+        self._resume()
+
+    def _prepare(self, shape: ModelConfig) -> None:
+        """Everything that can be refused, so that it is refused before the first step."""
+        recipe, ranks = self.recipe, self.ranks
         with ranks.first_ahead():
-            claim(out, shape, recipe)
-            self.text = Text.prepare(out, shape, recipe)
+            self.text = Text.prepare(self.out, shape, recipe)
             self.sequences = Sequences(self.text.streams(self.state_dir), recipe.length, recipe.seed)
+            self.held_out = self.text.held_out() if ranks.first else None
+        next(self.sequences.batches(recipe.batch, 0))
         self.config = shape
         if recipe.init_from is None:
             end = self.text.separator
@@ -73,9 +86,6 @@ class Run:
         teacher = load_teacher(Path(recipe.init_from), ranks.device) if recipe.init_from and recipe.distil else None
         self.optimizer = make_optimizer(self.model, recipe)
         self.objective = Objective(self.model, recipe, ranks, teacher)
-        self.step, self.seconds = 0, 0.0
-        self.losses: list[float] = []  # of the steps since the last row of loss.csv
-        self._resume()
 
     def _begin(self) -> Transformer:
         model = Transformer(self.config, with_memory=True)
@@ -120,20 +130,25 @@ class Run:
         file = f"state-{self.step:08d}.safetensors"
         save_tensors(self.state_dir / file, tensors)
         progress = {"file": file, "step": self.step, "seconds": self.seconds, "losses": self.losses}
-        temporary = self.state_dir / "progress.json.tmp"
-        temporary.write_text(json.dumps(progress))
-        temporary.replace(self.state_dir / "progress.json")
-        for old in self.state_dir.glob("state-*.safetensors"):
-            if old.name != file:
+        with replacing(self.state_dir / "progress.json") as pointer:
+            pointer.write(json.dumps(progress).encode())
+        for old in self.state_dir.iterdir():  # also what a killed process was writing, whatever its name
+            if old.name not in (file, "progress.json") and not old.name.startswith("tokens-"):
                 old.unlink()
 
     def train_step(self, batch: Tokens) -> float:
-        """One update; returns the mean cross entropy in nats per token."""
+        """One update; returns the mean cross entropy in nats per token. Raises TrainError, and updates nothing, where
+        the loss or its gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         cross_entropy = self.objective.backward(batch)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip).item()
+        if not math.isfinite(cross_entropy + norm):
+            raise TrainError(
+                f"step {self.step + 1}: the loss is {cross_entropy}, its gradient's norm {norm}; start anew, with a "
+                "smaller --peak-lr"
+            )
         self.optimizer.step()
         self.step += 1
         return cross_entropy
@@ -147,21 +162,20 @@ class Run:
         total, done = recipe.steps * self.tokens_per_step, self.tokens_seen
         if first:
             tell(f"{available:,} training tokens; {total:,} will be used")
-        bar = tqdm(unit="tok", unit_scale=True, smoothing=0.05, total=total, initial=done, disable=not first)
         batches = self.sequences.batches(recipe.batch, self.step)
-        while self.step < recipe.steps:
-            begun = time.perf_counter()
-            self.losses.append(self.train_step(next(batches)))
-            self.seconds += time.perf_counter() - begun
-            bar.update(self.tokens_per_step)
-            if self.step % log_every == 0 or self.step == recipe.steps:
-                if first:
-                    self._log()
-                bar.set_postfix(loss=f"{np.mean(self.losses):.3f}")
-                self.losses.clear()
-            if first and (self.step % save_every == 0 or self.step == recipe.steps):
-                self.save_state()
-        bar.close()
+        with tqdm(unit="tok", unit_scale=True, smoothing=0.05, total=total, initial=done, disable=not first) as bar:
+            while self.step < recipe.steps:
+                begun = time.perf_counter()
+                self.losses.append(self.train_step(next(batches)))
+                self.seconds += time.perf_counter() - begun
+                bar.update(self.tokens_per_step)
+                if self.step % log_every == 0 or self.step == recipe.steps:
+                    if first:
+                        self._log()
+                    bar.set_postfix(loss=f"{np.mean(self.losses):.3f}")
+                    self.losses.clear()
+                if first and (self.step % save_every == 0 or self.step == recipe.steps):
+                    self.save_state()
 
     def _log(self) -> None:
         """Add a row to loss.csv, in place of those that a killed run had written beyond the state it left."""
@@ -170,7 +184,8 @@ class Run:
         rows = [row for row in rows if int(row.partition(",")[0]) < self.step]
         rate = self.recipe.learning_rate(self.step - 1)
         rows.append(f"{self.step},{self.tokens_seen},{np.mean(self.losses):.5f},{rate:.3e},{self.seconds:.0f}")
-        path.write_text("\n".join(["step,tokens,loss,learning_rate,seconds", *rows]) + "\n")
+        with replacing(path) as file:
+            file.write(("\n".join(["step,tokens,loss,learning_rate,seconds", *rows]) + "\n").encode())
 
     def speed(self) -> dict[str, float]:
         """Tokens per second, and the arithmetic that training needs as a share of the matrix products' rate, measured
@@ -204,7 +219,7 @@ class Run:
             return figures
         weights = {name: parameter.data.to("cpu", dtype) for name, parameter in self.model.named_parameters()}
         self._write_model(weights)
-        if (held_out := self.text.held_out()) is not None:
+        if (held_out := self.held_out) is not None:
             self.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
             figures["held_out"] = asdict(evaluate(self.model, held_out, self.recipe.length))
             if self.config.has_memory:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,16 +67,32 @@ def _read(path: Path) -> tuple[ModelConfig, Recipe] | None:
         return None
 
 
-def claim(out: Path, shape: ModelConfig, recipe: Recipe) -> None:
+@contextmanager
+def claimed(out: Path, shape: ModelConfig, recipe: Recipe) -> Iterator[None]:
     """Take a folder for one recipe: continuing with another would make loss.csv and the card lie.
 
-    Raises TrainError where the folder's recipe.json says something else.
+    The block prepares the run. Where it fails, a folder that was taken now is given back with what was made in it, so
+    that the same command with a mistake less can have it. Raises TrainError where the folder's recipe.json says
+    something else.
     """
-    path = out / "recipe.json"
-    if not path.exists():
+    path, before = out / "recipe.json", _prepared(out)
+    if path not in before:
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"shape": asdict(shape), "recipe": asdict(recipe)}, indent=2) + "\n"
         with replacing(path) as file:
             file.write(text.encode())
     elif _read(path) != (shape, recipe):
         raise TrainError(f"{path} holds another recipe; give --out a new folder, or the same options to resume")
+    try:
+        yield
+    except Exception:
+        if path not in before:
+            for made in _prepared(out) - before:
+                made.unlink()
+        raise
+
+
+def _prepared(out: Path) -> set[Path]:
+    """What a run makes before its first step, as far as it is there."""
+    files = {out / "recipe.json", out / "tokenizer.json", *(out / "state").glob("tokens-*.npy")}
+    return {path for path in files if path.exists()}

@@ -11,6 +11,7 @@ from tolserve.model.checkpoint import load_transformer
 from tolserve.model.config import FfnVariant, ModelConfig
 from tolserve.model.transformer import Transformer
 from tolserve.train.recipe import TrainError
+from tolserve.train.tokenizer import read_tokenizer
 
 # What the variants do differently, by parts of tensor names.
 _FFN = (".mlp.", ".post_attention_layernorm.", ".memory.", ".memory_layernorm.", ".compute.", ".compute_layernorm.")
@@ -46,7 +47,7 @@ def load_tokenizer(model_dir: Path, config: ModelConfig) -> tuple[Tokenizer, int
     path = model_dir / "tokenizer.json"
     if not path.is_file():
         raise TrainError(f"--init-from {model_dir} holds no tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = read_tokenizer(path)
     if (size := tokenizer.get_vocab_size()) > config.vocab_size:
         raise TrainError(f"{path} has {size} tokens, but the checkpoint's vocabulary has {config.vocab_size}")
     separator = config.eos_token_id if config.bos_token_id is None else config.bos_token_id

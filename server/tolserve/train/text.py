@@ -7,11 +7,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tolserve.model.config import ModelConfig
+from tolserve.tol.files import replacing
 from tolserve.train.data import TOKENS, DataError, Tokens, read_documents, read_tokens, tokenise
 from tolserve.train.evaluate import HeldOut
 from tolserve.train.recipe import Recipe, TrainError
 from tolserve.train.start import load_tokenizer
-from tolserve.train.tokenizer import END_OF_TEXT, train_tokenizer
+from tolserve.train.tokenizer import END_OF_TEXT, read_tokenizer, train_tokenizer, write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Text:
             path = Path(recipe.tokenizer)
             if not path.exists():
                 raise TrainError(f"--tokenizer {path} does not exist")
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = read_tokenizer(path)
             if (size := tokenizer.get_vocab_size()) != shape.vocab_size:
                 raise TrainError(f"--vocab-size is {shape.vocab_size}, but the tokenizer {path} has {size} tokens")
         else:
@@ -56,14 +57,14 @@ class Text:
                 path = kept / f"tokens-{index}{TOKENS}"
                 if not path.exists():
                     kept.mkdir(parents=True, exist_ok=True)
-                    temporary = path.with_suffix(".tmp" + TOKENS)
-                    np.save(temporary, tokenise(Path(data), self.tokenizer, self.separator))
-                    temporary.replace(path)
+                    with replacing(path) as file:
+                        np.save(file, tokenise(Path(data), self.tokenizer, self.separator))
             streams.append(read_tokens(path, self.vocab_size))
         return tuple(streams)
 
     def held_out(self) -> HeldOut | None:
-        """The held-out text, document by document. Raises DataError for a token file: bits per byte need the bytes."""
+        """The held-out text, document by document. Raises DataError for a token file, since bits per byte need the
+        bytes, and for a text in which nothing can be predicted."""
         if self.recipe.held_out is None:
             return None
         path = Path(self.recipe.held_out)
@@ -72,15 +73,17 @@ class Text:
         texts = list(read_documents(path))
         encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         documents = tuple(np.array([self.separator, *e.ids], dtype=np.int32) for e in encoded)
+        if not any(len(document) > 1 for document in documents):
+            raise DataError(f"--held-out {path}: there is no text in it")
         return HeldOut(documents, sum(len(text.encode()) for text in texts))
 
 
 def _own_tokenizer(path: Path, shape: ModelConfig, recipe: Recipe) -> Tokenizer:
     if path.exists():
-        return Tokenizer.from_file(str(path))
+        return read_tokenizer(path)
     if tokens := [data for data in recipe.data if Path(data).suffix == TOKENS]:
         raise TrainError(f"--data {tokens[0]} holds token ids; give --tokenizer, the one they are of")
     texts = (text for data in recipe.data for text in read_documents(Path(data)))
     tokenizer = train_tokenizer(texts, shape.vocab_size)
-    tokenizer.save(str(path))
+    write_tokenizer(tokenizer, path)
     return tokenizer

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tolserve.tol.files import replacing
+from tolserve.train.recipe import TrainError
+
 END_OF_TEXT = "<|endoftext|>"
 
 # The demo model is no chat model: a conversation is laid out as paragraphs of prose, which is what it has read.
@@ -27,10 +30,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Raises TrainError for a file that is none."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise TrainError(f"{path} cannot be used as a tokenizer: {error}") from error
+
+
+def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Whole or not at all, since a run goes on with it."""
+    with replacing(path) as file:
+        file.write(tokenizer.to_str(pretty=True).encode())
+
+
 def save_tokenizer(tokenizer: Tokenizer, model_dir: Path, context: int) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    tokenizer.save(str(model_dir / "tokenizer.json"))
+    write_tokenizer(tokenizer, model_dir / "tokenizer.json")
     files = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,0 +1,99 @@
+"""A run whose process is killed, or whose disk is full, while it writes a state: real processes, real signals."""
+
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from tiny_run import write_texts
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    return write_texts(tmp_path_factory.mktemp("text"), tokenizer)
+
+
+# A process that the kernel kills in the middle of writing the state of step 10, as if by SIGKILL: no handler runs.
+KILLED = """
+import resource, signal, sys
+from tolserve.cli import main
+from tolserve.train.loop import Run
+
+save = Run.save_state
+
+def save_state(run):
+    if run.step == 10:
+        half = next(run.state_dir.glob("state-*")).stat().st_size // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
+    save(run)
+
+Run.save_state = save_state
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+main(sys.argv[1:])
+"""
+
+
+def start(folder: Path, out: Path, *program: str, largest: int | None = None) -> subprocess.Popen[str]:
+    """A run that trains its own tokenizer, saves every fifth step and logs every tenth. No file becomes larger than
+    `largest` bytes: there is no room."""
+    argv = [sys.executable, *(program or ("-m", "tolserve"))]
+    argv += ["train", "--data", str(folder / "first.txt"), "--out", str(out), "--steps", str(STEPS)]
+    argv += shlex.split("--vocab-size 300 --hidden-size 16 --intermediate-size 24 --num-hidden-layers 2 --threads 1")
+    argv += shlex.split("--batch 2 --length 16 --warmup 2 --save-every 5 --device cpu")
+    paths = os.pathsep.join([str(ROOT / "server"), str(ROOT / "kernels")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+    def limit() -> None:
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    return subprocess.Popen(argv, env=environment, text=True, stderr=subprocess.PIPE, preexec_fn=limit)
+
+
+def states(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "state").glob("state-*"))
+
+
+def test_a_run_killed_while_it_saves_goes_on_and_so_does_one_whose_disk_was_full(folder: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    start(folder, whole).communicate(timeout=120)
+    process = start(folder, out, "-c", KILLED)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGXFSZ
+    kept = "state-00000005.safetensors"
+    left = {path.name for path in (out / "state").iterdir()} - {kept, "progress.json", "tokens-0.npy"}
+    assert len(left) >= 1  # what it was writing, under a temporary name
+    log = (out / "loss.csv").read_text()
+
+    process = start(folder, out, largest=(out / "state" / kept).stat().st_size // 2)
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in printed
+    assert "state-00000010.safetensors cannot be written" in printed.splitlines()[-1]
+    assert states(out) == [kept]
+    assert [row.rpartition(",")[0] for row in (out / "loss.csv").read_text().splitlines()] == [
+        row.rpartition(",")[0] for row in log.splitlines()
+    ]
+
+    process = start(folder, out)
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert states(out) == states(whole) == [f"state-{STEPS:08d}.safetensors"]
+    assert len(list((out / "state").iterdir())) == 3
+    found, expected = (load_file(each / "state" / states(each)[0]) for each in (out, whole))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    rows = [[row.rpartition(",")[0] for row in (each / "loss.csv").read_text().splitlines()] for each in (out, whole)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 1 + STEPS // 10
