@@ -41,6 +41,7 @@ def training_flops(model: Transformer, length: int, distinct: float) -> float:
     Forward 2 per weight; backward 2 for the gradient that flows on and 2 for a weight that trains. The embedding is
     looked up, unless it is the head as well. Memory networks run once per distinct token of a micro-batch, a share
     `distinct` of the tokens. Attention is counted causal: 2 * length * d forward per layer, twice that backward.
+    Layer 0 is counted like the others, though it needs less where the embedding does not train.
     """
     total = 0.0
     for name, parameter in model.named_parameters():
