@@ -265,6 +265,14 @@ def test_a_folder_belongs_to_one_recipe(folder: Path, tmp_path: Path, name: str)
     assert Run(tmp_path, tiny_config(), recipe).step == 0
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json", "config.json"])
+def test_a_model_that_is_no_run_is_not_written_over(folder: Path, tmp_path: Path, file: str) -> None:
+    (tmp_path / file).write_text("somebody's")
+    with pytest.raises(TrainError, match=r"that no run made; give --out a new folder"):
+        Run(tmp_path, tiny_config(), recipe_of(folder))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(file, "somebody's")]
+
+
 MISTAKES: dict[str, dict[str, Any]] = {
     "tokenizer": {"tokenizer": "missing.json"},
     "data": {"data": ("missing.txt",)},

@@ -8,8 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tolserve.model.checkpoint import WEIGHTS
 from tolserve.model.config import ModelConfig
 from tolserve.tol.files import replacing
+
+
+# Files of a model, which a run writes at its end. One that has them and no recipe.json is somebody's.
+_MODEL = (WEIGHTS, f"{WEIGHTS}.index.json", "config.json")
 
 
 class TrainError(ValueError):
@@ -18,8 +23,11 @@ class TrainError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result of a run. Two runs of one recipe on one machine give the same weights.
+    """Everything that decides the result of a run.
 
+    On the CPU of one machine, with the same numbers of threads and processes and the same torch, two runs of one recipe
+    give the same weights, and one that was stopped and goes on too. CUDA's attention and gathers add gradients up in
+    any order, and what is compiled may depend on the steps that a process has seen: there results are close, not equal.
     A field with a default was added later: a recipe.json without it means the default.
     """
 
@@ -67,22 +75,33 @@ def _read(path: Path) -> tuple[ModelConfig, Recipe] | None:
         return None
 
 
-@contextmanager
-def claimed(out: Path, shape: ModelConfig, recipe: Recipe) -> Iterator[None]:
+def claim(out: Path, shape: ModelConfig, recipe: Recipe) -> None:
     """Take a folder for one recipe: continuing with another would make loss.csv and the card lie.
 
-    The block prepares the run. Where it fails, a folder that was taken now is given back with what was made in it, so
-    that the same command with a mistake less can have it. Raises TrainError where the folder's recipe.json says
-    something else.
+    Raises TrainError where the folder's recipe.json says something else, or a model lies there that no run made.
+    """
+    path = out / "recipe.json"
+    if path.exists():
+        if _read(path) != (shape, recipe):
+            raise TrainError(f"{path} holds another recipe; give --out a new folder, or the same options to resume")
+        return
+    if models := [name for name in _MODEL if (out / name).exists()]:
+        raise TrainError(f"{out} holds a model ({models[0]}) that no run made; give --out a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"shape": asdict(shape), "recipe": asdict(recipe)}, indent=2) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def claimed(out: Path, shape: ModelConfig, recipe: Recipe) -> Iterator[None]:
+    """Take a folder as `claim` does, for the block that prepares the run.
+
+    Where it fails, a folder that was taken now is given back with what was made in it, so that the same command with a
+    mistake less can have it.
     """
     path, before = out / "recipe.json", _prepared(out)
-    if path not in before:
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"shape": asdict(shape), "recipe": asdict(recipe)}, indent=2) + "\n"
-        with replacing(path) as file:
-            file.write(text.encode())
-    elif _read(path) != (shape, recipe):
-        raise TrainError(f"{path} holds another recipe; give --out a new folder, or the same options to resume")
+    claim(out, shape, recipe)
     try:
         yield
     except Exception:
