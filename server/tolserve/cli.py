@@ -135,7 +135,7 @@ def train(settings: TrainSettings) -> None:
     recipe = {field.name: given[field.name] for field in fields(Recipe)} | {"data": tuple(given["data"])}
     with join(settings.device) as ranks:
         run = Run(settings.out, _train_shape(settings), Recipe(**recipe), ranks)
-        run.train(settings.save_every, tell=lambda line: print(line, file=sys.stderr))
+        run.train(settings.save_every)
         figures = run.finish()
     if ranks.first:
         _show(figures, settings.json_output)

@@ -119,8 +119,11 @@ def test_runs_are_trained_resumed_and_skipped(
     steps.clear()
     third = compare.run(seeds, shape, recipe, tmp_path / "stopped", 2)
     assert (steps, third.rows) == ([], whole.rows)
-    with pytest.raises(StudyError, match="another recipe"):
+    with pytest.raises(TrainError, match="another recipe"):
         compare.run(seeds, shape, replace(recipe, steps=7), tmp_path / "stopped", 2)
+    (tmp_path / "stopped" / "base-s0" / "recipe.json").write_text('{"shape": {}}')  # another version's
+    with pytest.raises(TrainError, match="another recipe"):
+        compare.run(seeds, shape, recipe, tmp_path / "stopped", 2)
     (tmp_path / "stopped" / "base-s0" / "figures.json").unlink()
     with pytest.raises(TrainError, match="another recipe"):
         compare.run(seeds, shape, replace(recipe, steps=7), tmp_path / "stopped", 2)
@@ -182,11 +185,11 @@ def test_the_command_trains_and_tells_the_order(
     rates = {"batch": 2, "length": 16, "steps": 2, "warmup": 1, "threads": 1}
     options = [word for name, value in (sizes | rates).items() for word in (f"--{name}", str(value))]
     argv = ["study", "compare", *texts, *options, "--out", str(tmp_path), "--variants", "base:2,memory"]
-    assert main(argv) == 0
-    assert "base before memory: by" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base-s0", "base-s1", "memory-s0"]
     assert main([*argv, "--json"]) == 0
     assert [row["seeds"] for row in json.loads(capsys.readouterr().out)["rows"]] == [2, 1]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base-s0", "base-s1", "memory-s0"]
+    assert main(argv) == 0
+    assert "base before memory: by" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variants", [["flex-4"], ["base:0"], ["base:x"], ["base:"], ["base", "base:2"]])

@@ -22,7 +22,7 @@ from tolserve.study.report import Study, StudyError, provenance
 from tolserve.study.tasks import Tasks, quiet
 from tolserve.train.data import read_documents
 from tolserve.train.loop import Run
-from tolserve.train.recipe import Recipe
+from tolserve.train.recipe import Recipe, claim
 from tolserve.train.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SMALL = "base-small"
 # By rising held-out loss, as the paper found it: Table 2, Fig. 9 and 10.
 PAPER_ORDER = (*VARIANTS, SMALL)
-# Intermediate sizes are multiples of 8, as the paper's are.
+# Of K, as the paper's is for base and memory; flex's follows from it.
 _MULTIPLE = 8
 
 
@@ -119,19 +119,14 @@ def planned(seeds: Mapping[str, int]) -> list[tuple[str, int]]:
 def train_run(folder: Path, config: ModelConfig, recipe: Recipe, save_every: int) -> None:
     """Train one run, go on with it, or leave it as it is when it is finished.
 
-    Raises TrainError or StudyError for a folder that holds another recipe.
+    Raises TrainError for a folder that holds another recipe.
     """
-    if not (folder / "figures.json").exists():
-        run = Run(folder, config, recipe)
-        run.train(save_every)
-        run.finish()
+    if (folder / "figures.json").exists():
+        claim(folder, config, recipe)
         return
-    path = folder / "recipe.json"
-    kept = json.loads(path.read_text())
-    # A recipe that lacks a field was written before there was one, and means its default.
-    given = Recipe(**kept["recipe"] | {"data": tuple(kept["recipe"]["data"])})
-    if (ModelConfig(**kept["shape"]), given) != (config, recipe):
-        raise StudyError(f"{path} holds another recipe; give --out a new folder, or the options of that one")
+    run = Run(folder, config, recipe)
+    run.train(save_every)
+    run.finish()
 
 
 def measure(folder: Path, name: str, seed: int, tasks: Tasks | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -47,6 +48,11 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 256 * 2**20)
         mallopt(mmap_max, 0)
+
+
+def tell_people(line: str) -> None:
+    """On standard error: standard output is for what a command was asked for."""
+    print(line, file=sys.stderr)
 
 
 def make_optimizer(model: Transformer, recipe: Recipe) -> torch.optim.AdamW:
@@ -153,7 +159,7 @@ class Run:
         self.step += 1
         return cross_entropy
 
-    def train(self, save_every: int, log_every: int = 10, tell: Callable[[str], None] = print) -> None:
+    def train(self, save_every: int, log_every: int = 10, tell: Callable[[str], None] = tell_people) -> None:
         """Run to the last step, saving resumable state every `save_every` steps; a killed run goes on from there."""
         recipe, first = self.recipe, self.ranks.first
         if save_every < 1:
