@@ -12,7 +12,6 @@ from tolserve.model.checkpoint import WEIGHTS
 from tolserve.model.config import ModelConfig
 from tolserve.tol.files import replacing
 
-
 # Files of a model, which a run writes at its end. One that has them and no recipe.json is somebody's.
 _MODEL = (WEIGHTS, f"{WEIGHTS}.index.json", "config.json")
 
