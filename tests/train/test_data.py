@@ -45,7 +45,9 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
         list(read_documents(write(tmp_path / name, b"x")))
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '"text"', "{}", '{"text": 3}', '{"text": null}', ""])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '"text"', "{}", '{"text": 3}', '{"text": null}', "", r'{"text": "half \ud83d"}']
+)
 def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(["good"]) + line.encode() + b"\n")
     with pytest.raises(DataError, match=r"a\.jsonl:2"):
@@ -59,6 +61,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "plain.jsonl.xz").write_bytes(b"not xz")
     (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(jsonl(DOCUMENTS * 100))[:-20])
     (tmp_path / "cut.jsonl.bz2").write_bytes(bz2.compress(jsonl(DOCUMENTS * 100))[:-20])
+    spoilt = bytearray(whole)
+    spoilt[len(whole) // 2 :] = b"\xff" * (len(whole) - len(whole) // 2)
+    (tmp_path / "spoilt.jsonl.gz").write_bytes(spoilt)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     for name in ("latin.txt", "missing.txt", *(path.name for path in tmp_path.glob("*.jsonl.*"))):
         with pytest.raises(DataError, match=name):
@@ -73,6 +78,16 @@ def test_documents_follow_each_other_each_behind_a_separator(tmp_path: Path, tok
     assert len(starts) == len(DOCUMENTS)
     assert [tokenizer.decode(part[1:]) for part in np.split(stream, starts)[1:]] == DOCUMENTS
     assert len(tokenise(write(tmp_path / "empty.jsonl", b""), tokenizer, end)) == 0
+
+
+@pytest.mark.parametrize("group", [1, 12, 1 << 20])
+def test_documents_are_tokenised_in_groups_as_each_alone(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    monkeypatch.setattr("tolserve.train.data.GROUP", group)
+    texts = ["", "a few words", "more of them, and more", "", "x", "y"]
+    ids = [token for text in texts for token in [7, *tokenizer.encode(text).ids]]
+    assert tokenise(write(tmp_path / "a.jsonl", jsonl(texts)), tokenizer, 7).tolist() == ids
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,18 @@ def test_two_stopped_processes_go_on_to_the_same_weights(folder: Path, tmp_path:
     assert losses(tmp_path) == losses(of_two)
     assert state(tmp_path).keys() == state(of_two).keys()
     assert all(torch.equal(tensor, state(of_two)[name]) for name, tensor in state(tmp_path).items())
+
+
+def test_processes_wait_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the first one's tokenising, which torch's own limit would cut off."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    given = {"TORCHELASTIC_RUN_ID": "one", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    with join("cpu"):
+        backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout >= timedelta(hours=12)
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,10 @@ class Ranks:
             dist.barrier()
 
 
+# The other processes wait while the first one trains a tokenizer, tokenises the text, and evaluates at the end. torch
+# gives up after 30 minutes, over nccl after 10; the paper's text takes longer.
+PATIENCE = timedelta(hours=12)
+
 ALONE = Ranks(torch.device("cpu"))
 
 
@@ -62,7 +67,7 @@ def join(device: str) -> Iterator[Ranks]:
     if not dist.is_torchelastic_launched():
         yield Ranks(torch.device(device))
         return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
         place = torch.device(device, dist.get_node_local_rank()) if device == "cuda" else torch.device(device)
         if device == "cuda":
