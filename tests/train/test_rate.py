@@ -1,5 +1,7 @@
 """Arithmetic per token, counted from the shape and again by torch."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -39,5 +41,16 @@ def test_tokens_are_distinct_within_a_micro_batch() -> None:
     assert distinct_share([batch, batch], rows=1) == (2 + 2 + 1 + 1) / 12
 
 
-def test_the_matrix_rate_is_one() -> None:
-    assert 1e8 < matrix_rate(torch.device("cpu"), torch.float32) < 1e15
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_matrix_rate_is_the_products_operations_over_their_time(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """By a clock of which each look takes a twentieth of a second: a busy machine's own would only nearly agree."""
+    clock = itertools.count()
+    with monkeypatch.context() as patch, FlopCounterMode(display=False) as counter:
+        patch.setattr("tolserve.train.rate.time.perf_counter", lambda: next(clock) / 20)
+        rate = matrix_rate(torch.device("cpu"), dtype)
+    looks = next(clock)
+    products = (looks - 2) // 3  # one look before all, one behind the last, three with each
+    assert products >= 3
+    assert rate == pytest.approx(counter.get_total_flops() / products * 20)
