@@ -232,16 +232,16 @@ def table_export(settings: TableExportSettings) -> None:
 
 def table_freq(settings: TableFreqSettings) -> None:
     import numpy as np
-    from tokenizers import Tokenizer
 
     from tolserve.tol.frequencies import write_frequencies
     from tolserve.train.data import read_documents
+    from tolserve.train.tokenizer import read_tokenizer
 
     given = settings.tokenizer
     path = given / "tokenizer.json" if given.is_dir() else given
     if not path.is_file():
         raise OptionError(f"--tokenizer {given}: there is no {path}")
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = read_tokenizer(path)
     counts = np.zeros(tokenizer.get_vocab_size(), np.int64)
     documents = (text for path in settings.text for text in read_documents(path))
     for text in tqdm(documents, desc="counting", unit="document"):

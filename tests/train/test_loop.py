@@ -331,10 +331,35 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) 
     (tmp_path / "none.json").write_text('{"model": ')
     with pytest.raises(TrainError, match=r"none\.json cannot be used"):
         Run(tmp_path / "a", tiny_config(), recipe_of(folder, tokenizer=str(tmp_path / "none.json")))
-    foreign = Tokenizer.from_file(str(folder / "tokenizer.json")).to_str().replace(END_OF_TEXT, "<|other|>")
-    Tokenizer.from_str(foreign).save(str(tmp_path / "foreign.json"))
-    with pytest.raises(TrainError, match="endoftext"):
-        Run(tmp_path / "c", tiny_config(), recipe_of(folder, tokenizer=str(tmp_path / "foreign.json")))
+
+
+LLAMAS = "<|end_of_text|>"
+
+
+@pytest.mark.parametrize("named", [LLAMAS, {"content": LLAMAS, "special": True}])
+def test_the_separator_is_the_one_named_beside_the_tokenizer(
+    folder: Path, tmp_path: Path, named: str | dict[str, Any]
+) -> None:
+    """As LLaMA-3.1's, which has no END_OF_TEXT."""
+    foreign = Tokenizer.from_file(str(folder / "tokenizer.json")).to_str().replace(END_OF_TEXT, LLAMAS)
+    Tokenizer.from_str(foreign).save(str(tmp_path / "tokenizer.json"))
+    recipe = recipe_of(folder, tokenizer=str(tmp_path / "tokenizer.json"), steps=0)
+    with pytest.raises(TrainError, match="endoftext.*name one that it has as eos_token in .*tokenizer_config"):
+        Run(tmp_path / "run", tiny_config(), recipe)
+    beside = tmp_path / "tokenizer_config.json"
+    for content in ("{", "[]", '{"eos_token": {}}', '{"eos_token": "<|missing|>"}'):
+        beside.write_text(content)
+        with pytest.raises(TrainError, match=r"tokenizer_config\.json"):
+            Run(tmp_path / "run", tiny_config(), recipe)
+    beside.write_text(json.dumps({"eos_token": named}))
+    run = Run(tmp_path / "run", tiny_config(), recipe)
+    end = run.text.tokenizer.token_to_id(LLAMAS)
+    assert run.text.separator == run.config.eos_token_id == end
+    assert run.text.streams(run.state_dir)[0][0] == end
+    run.finish()
+    written = json.loads((tmp_path / "run" / "tokenizer_config.json").read_text())
+    assert written["eos_token"] == written["bos_token"] == LLAMAS
+    assert json.loads((tmp_path / "run" / "generation_config.json").read_text())["eos_token_id"] == end
 
 
 def test_saving_never_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -390,7 +415,7 @@ def test_the_tokenizer_encodes_any_text_back_to_itself(text: str) -> None:
 
 
 def test_tokenizer_files_name_the_end_of_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    save_tokenizer(tokenizer, tmp_path, context=77)
+    save_tokenizer(tokenizer, tmp_path, context=77, end=tokenizer.token_to_id(END_OF_TEXT))
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["model_max_length"] == 77
     assert config["eos_token"] == config["bos_token"] == END_OF_TEXT

@@ -23,7 +23,7 @@ from tolserve.study.tasks import Tasks, quiet
 from tolserve.train.data import read_documents
 from tolserve.train.loop import Run
 from tolserve.train.recipe import Recipe, claim
-from tolserve.train.tokenizer import train_tokenizer
+from tolserve.train.tokenizer import train_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,7 +239,7 @@ def _with_tokenizer(recipe: Recipe, vocab_size: int, out: Path) -> Recipe:
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         texts = (text for data in recipe.data for text in read_documents(Path(data)))
-        train_tokenizer(texts, vocab_size).save(str(path))
+        write_tokenizer(train_tokenizer(texts, vocab_size), path)
     return replace(recipe, tokenizer=str(path))
 
 

@@ -29,6 +29,7 @@ from tolserve.tol.encoding import RowLayout
 from tolserve.tol.table import Table
 from tolserve.train.data import read_documents
 from tolserve.train.evaluate import HeldOut, Loss, batch_values, mean_loss
+from tolserve.train.tokenizer import read_tokenizer
 
 Rows = Tensor  # float32 [vocab_size, layers, hidden_size]
 Scale = Sequence[float] | float
@@ -59,7 +60,8 @@ class Studied:
 def load(model_dir: Path) -> Studied:
     """Read a model with its networks: base, memory or flex.
 
-    Raises ConfigError or CheckpointError, and StudyError where there is no tokenizer or no separator.
+    Raises ConfigError or CheckpointError, StudyError where there is no tokenizer or no separator, and TrainError for a
+    tokenizer that cannot be read.
     """
     model = load_transformer(model_dir, with_memory=True, dtype=torch.float32)
     path = model_dir / "tokenizer.json"
@@ -69,7 +71,7 @@ def load(model_dir: Path) -> Studied:
     separator = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
     if separator is None:
         raise StudyError(f"{model_dir}/config.json names neither bos_token_id nor eos_token_id, to begin a text with")
-    return Studied(model, Tokenizer.from_file(str(path)), config, model_dir, separator)
+    return Studied(model, read_tokenizer(path), config, model_dir, separator)
 
 
 def scales_of(config: ModelConfig, scale: Scale) -> list[float]:

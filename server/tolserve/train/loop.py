@@ -4,7 +4,6 @@ import ctypes
 import itertools
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -231,15 +230,17 @@ class Run:
             if self.config.has_memory:
                 zeroed: Loss = evaluate(self.model, held_out, self.recipe.length, alpha=0.0)
                 figures["held_out_memory_zeroed"] = asdict(zeroed)
-        (self.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+        with replacing(self.out / "figures.json") as file:  # last: it says that the run is finished
+            file.write((json.dumps(figures, indent=2) + "\n").encode())
         return figures
 
     def _write_model(self, weights: dict[str, Tensor]) -> None:
         fingerprint = compute_fingerprint(self.config, weights) if self.config.has_memory else None
         save_checkpoint(self.out, self.config, weights, fingerprint)
         if self.recipe.init_from is None:
-            save_tokenizer(self.text.tokenizer, self.out, self.config.max_position_embeddings)
+            save_tokenizer(self.text.tokenizer, self.out, self.config.max_position_embeddings, self.text.separator)
             return
         for name in TOKENIZER_FILES:
             if (given := Path(self.recipe.init_from) / name).is_file():
-                shutil.copy(given, self.out / name)
+                with replacing(self.out / name) as file:
+                    file.write(given.read_bytes())

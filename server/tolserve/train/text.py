@@ -12,7 +12,7 @@ from tolserve.train.data import TOKENS, DataError, Tokens, read_documents, read_
 from tolserve.train.evaluate import HeldOut
 from tolserve.train.recipe import Recipe, TrainError
 from tolserve.train.start import load_tokenizer
-from tolserve.train.tokenizer import END_OF_TEXT, read_tokenizer, train_tokenizer, write_tokenizer
+from tolserve.train.tokenizer import end_of_text, read_tokenizer, train_tokenizer, write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,16 @@ class Text:
             if recipe.tokenizer is not None:
                 raise TrainError("--tokenizer: --init-from brings its own; its embedding is of that one's tokens")
             return cls(*load_tokenizer(Path(recipe.init_from), shape), shape.vocab_size, recipe)
+        path = Path(recipe.tokenizer) if recipe.tokenizer is not None else out / "tokenizer.json"
         if recipe.tokenizer is not None:
-            path = Path(recipe.tokenizer)
             if not path.exists():
                 raise TrainError(f"--tokenizer {path} does not exist")
             tokenizer = read_tokenizer(path)
             if (size := tokenizer.get_vocab_size()) != shape.vocab_size:
                 raise TrainError(f"--vocab-size is {shape.vocab_size}, but the tokenizer {path} has {size} tokens")
         else:
-            tokenizer = _own_tokenizer(out / "tokenizer.json", shape, recipe)
-        end = tokenizer.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise TrainError(f"the tokenizer has no {END_OF_TEXT!r} token")
-        return cls(tokenizer, end, tokenizer.get_vocab_size(), recipe)
+            tokenizer = _own_tokenizer(path, shape, recipe)
+        return cls(tokenizer, end_of_text(tokenizer, path), tokenizer.get_vocab_size(), recipe)
 
     def streams(self, kept: Path) -> tuple[Tokens, ...]:
         """Token streams of the training files; text is tokenised once and kept in the folder `kept`."""

@@ -44,15 +44,35 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
         file.write(tokenizer.to_str(pretty=True).encode())
 
 
-def save_tokenizer(tokenizer: Tokenizer, model_dir: Path, context: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and generation_config.json."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+def end_of_text(tokenizer: Tokenizer, path: Path) -> int:
+    """What ends a text: `eos_token` of the tokenizer_config.json beside the tokenizer's `path`, else END_OF_TEXT.
+
+    Raises TrainError where the tokenizer does not have it.
+    """
+    beside, name = path.with_name("tokenizer_config.json"), END_OF_TEXT
+    if beside.is_file():
+        try:
+            named = json.loads(beside.read_text()).get("eos_token") or END_OF_TEXT
+            name = str(named["content"] if isinstance(named, dict) else named)
+        except (ValueError, AttributeError, KeyError) as error:
+            raise TrainError(f"{beside} cannot be read: {error!r}") from error
+    end = tokenizer.token_to_id(name)
+    if end is None:
+        raise TrainError(
+            f"the tokenizer {path} has no {name!r} token to separate documents by; name one that it has as eos_token "
+            f"in {beside}"
+        )
+    return end
+
+
+def save_tokenizer(tokenizer: Tokenizer, model_dir: Path, context: int, end: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json. `end` is the token that ends a text."""
     write_tokenizer(tokenizer, model_dir / "tokenizer.json")
     files = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
+            "bos_token": tokenizer.id_to_token(end),
+            "eos_token": tokenizer.id_to_token(end),
             "model_max_length": context,
             "clean_up_tokenization_spaces": False,
             "chat_template": _CHAT_TEMPLATE,
@@ -60,4 +80,5 @@ def save_tokenizer(tokenizer: Tokenizer, model_dir: Path, context: int) -> None:
         "generation_config.json": {"bos_token_id": end, "eos_token_id": end},
     }
     for name, content in files.items():
-        (model_dir / name).write_text(json.dumps(content, indent=2) + "\n")
+        with replacing(model_dir / name) as file:
+            file.write((json.dumps(content, indent=2) + "\n").encode())
