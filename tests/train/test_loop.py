@@ -319,7 +319,7 @@ def test_a_loss_that_is_no_number_ends_the_run(folder: Path, tmp_path: Path) -> 
 def test_the_share_of_the_matrix_rate_is_one(folder: Path, tmp_path: Path) -> None:
     figures = train(Run(tmp_path, tiny_config(), recipe_of(folder))).finish()
     flops = figures["flops_per_token"] * figures["tokens_per_second"]
-    assert figures["share_of_matrix_rate"] == pytest.approx(flops / (1e9 * figures["matrix_gflops"]), abs=1e-3)
+    assert figures["share_of_matrix_rate"] == pytest.approx(flops / (1e9 * figures["matrix_gflops"]), abs=6e-4)
     assert figures["tokens_per_second"] * figures["training_seconds"] <= figures["training_tokens"] * 2
 
 
