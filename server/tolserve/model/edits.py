@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tolkernels import add_rows
 from tolserve.model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -25,6 +23,7 @@ from tolserve.model.checkpoint import (
 from tolserve.model.config import ModelConfig
 from tolserve.model.networks import MemoryNetworks
 from tolserve.model.pack import PackError
+from tolserve.model.rows import add_records
 from tolserve.tol.table import Table
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -33,28 +32,8 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 def table_rows(table: Table, tokens: Sequence[int], layers: Sequence[int]) -> Tensor:
     """Rows as a step would add them, float32 [tokens, layers, d]; zeros of layers that the table has dropped. Raises
     RecordError."""
-    manifest = table.manifest
-    records = torch.from_numpy(np.stack([table.read_record(token) for token in tokens]))
-    slots = torch.arange(len(tokens))
-    factors = {layer: torch.from_numpy(bits).view(torch.bfloat16) for layer, bits in table.read_factors().items()}
-    found = torch.zeros(len(tokens), len(layers), manifest.hidden_size)
-    for index, layer in enumerate(layers):
-        if layer in manifest.dropped_layers:
-            continue
-        group, row = manifest.row_layout(layer)
-        factor = factors[layer].float() if factors else None
-        found[:, index], _ = add_rows(
-            records,
-            slots,
-            torch.zeros(len(tokens), manifest.hidden_size),
-            torch.ones(manifest.hidden_size),
-            1e-6,
-            offset=manifest.groups[group].offset + row.offset,
-            values=row.values,
-            group_size=row.group_size,
-            factor=factor,
-        )
-    return found
+    add, slots = add_records(table, tokens), torch.arange(len(tokens))
+    return torch.stack([add(layer, torch.zeros(len(tokens), table.manifest.hidden_size), slots) for layer in layers], 1)
 
 
 def rows_from(source: Path, tokens: Sequence[int], layers: Sequence[int], config: ModelConfig) -> Tensors:

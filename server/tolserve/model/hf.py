@@ -8,16 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tolkernels import add_rows
 from tolserve.model.blocks import AddRow, Attend, rotary_tables, rotate
 from tolserve.model.checkpoint import Checkpoint
 from tolserve.model.config import MODEL_TYPE, ModelConfig
 from tolserve.model.presets import preset
+from tolserve.model.rows import add_records
 from tolserve.model.transformer import Transformer, no_rows
 from tolserve.tol.table import Table
 
@@ -135,30 +134,8 @@ class MemoryLLMForCausalLM(PreTrainedModel, GenerationMixin):
 def table_rows(table: Table, tokens: Tensor) -> AddRow:
     """Rows out of a table, whose records are read once per distinct token. Raises RecordError for a damaged one."""
     distinct, inverse = tokens.unique(return_inverse=True)
-    records = torch.from_numpy(np.stack([table.read_record(token) for token in distinct.tolist()])).to(tokens.device)
-    factors = {layer: torch.from_numpy(rows).view(torch.bfloat16) for layer, rows in table.read_factors().items()}
-    manifest = table.manifest
-
-    def add_row(layer: int, x: Tensor) -> Tensor:
-        if layer in manifest.dropped_layers:
-            return x
-        group, row = manifest.row_layout(layer)
-        factor = factors[layer].to(x.device, x.dtype) if factors else None
-        unused_norm = torch.ones(x.shape[-1], device=x.device)
-        total, _ = add_rows(
-            records,
-            inverse.flatten(),
-            x.flatten(0, -2),
-            unused_norm,
-            1.0,
-            offset=manifest.groups[group].offset + row.offset,
-            values=row.values,
-            group_size=row.group_size,
-            factor=factor,
-        )
-        return total.view_as(x)
-
-    return add_row
+    add = add_records(table, distinct.tolist(), tokens.device)
+    return lambda layer, x: add(layer, x.flatten(0, -2), inverse.flatten()).view_as(x)
 
 
 def _attention(config: ModelConfig, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, past: Any) -> Attend:
