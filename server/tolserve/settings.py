@@ -490,7 +490,9 @@ class TaskOptions(StudyOptions):
     model: CliPositionalArg[list[Path]] = Field(min_length=1, description="model directories, one or several")
     text: list[Path] = Field([], description="text to measure perplexity on, .jsonl or .txt, may end in .gz; several")
     tokens: Positive | None = Field(None, description="tokens of each text, about; all if not given")
-    length: Positive = Field(1024, description="tokens of a window; at most the model's context")
+    length: Positive | None = Field(
+        None, description="tokens of a window; 1,024, or the models' smallest context, if not given"
+    )
     blimp: Path | None = Field(None, description="BLiMP's zip, to measure its accuracies as well")
     pairs: Positive = Field(200, description="pairs of each of BLiMP's paradigms; it has 1,000")
 

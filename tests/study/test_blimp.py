@@ -13,7 +13,6 @@ from tolserve.study.blimp import (
     PHENOMENA,
     Pairs,
     accuracies,
-    blimp,
     by_group,
     by_phenomenon,
     log_probabilities,
@@ -35,7 +34,7 @@ def test_the_likelier_whole_sentence_wins(
     for paradigm, group in pairs.sentences.items():
         scores = [[sum(reference.log_probabilities(tokens.tolist())) for tokens in pair] for pair in group]
         expected[paradigm] = np.mean([good > bad for good, bad in scores])
-    assert blimp(studied, blimp_zip, pairs_per_paradigm=1000, scale=scale) == expected
+    assert accuracies(studied, pairs, scale=scale) == expected
 
 
 def test_a_sum_runs_from_the_token_asked_for(studied_of: Callable[[FfnVariant], Studied]) -> None:

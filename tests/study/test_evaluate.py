@@ -1,5 +1,6 @@
 """Losses of models with other rows and scaled ones, against the slow reference."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from slow_study import Scaled
 from tiny import TEXT
 from tolserve.model.config import FfnVariant
-from tolserve.study.evaluate import Forward, Studied, load, loss_of, network_rows, perplexity, perplexity_of, read_text
+from tolserve.study.evaluate import Forward, Studied, load, loss_of, network_rows, perplexity_of, read_text
 from tolserve.study.report import StudyError
 from tolserve.train.data import DataError
 
@@ -35,7 +36,7 @@ def test_a_scale_multiplies_what_the_networks_put_out(
     nats = [
         -value for start in range(0, len(ids) - 1, 16) for value in reference.log_probabilities(ids[start : start + 17])
     ]
-    loss = perplexity(studied, text, tokens=None, length=16, scale=scale)
+    loss = loss_of(studied, read_text(studied, text, None, 16), 16, scale=scale)
     assert loss.tokens == len(ids) - 1 == len(nats)
     assert loss.nats_per_token == pytest.approx(np.mean(nats), rel=1e-4)
     assert perplexity_of(loss) == pytest.approx(np.exp(np.mean(nats)), rel=1e-3)
@@ -67,8 +68,8 @@ def test_a_part_of_a_text_is_the_middle_of_each_document(
     studied = studied_of("memory")
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "' + "a" * 30 + "the " * 5 + "b" * 30 + '"}\n{"text": "of"}\n')
-    whole = read_text(studied, path, None)
-    part = read_text(studied, path, 8)
+    whole = read_text(studied, path, None, 4)
+    part = read_text(studied, path, 5, 4)
     assert len(part.documents) == 2
     assert part.documents[0].tolist() in [
         [studied.separator, *whole.documents[0][start : start + 4].tolist()]
@@ -77,6 +78,31 @@ def test_a_part_of_a_text_is_the_middle_of_each_document(
     assert part.documents[1].tolist() == whole.documents[1].tolist()
     decoded = [studied.tokenizer.decode(document[1:].tolist()) for document in part.documents]
     assert part.text_bytes == sum(len(document.encode()) for document in decoded)
+
+
+def test_a_part_of_many_documents_has_their_context(
+    studied_of: Callable[[FfnVariant], Studied], tmp_path: Path
+) -> None:
+    """As many documents as it takes, spread over the file, each whole or at least a window of it."""
+    studied, path = studied_of("memory"), tmp_path / "text.jsonl"
+
+    def taken(words: list[int], tokens: int, length: int) -> list[int]:
+        """Sizes of what is taken of documents of so many tokens each: a letter is one here."""
+        letters = (f"{chr(65 + index % 26)}" * size for index, size in enumerate(words))
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in letters))
+        sizes = [len(document) - 1 for document in read_text(studied, path, None, length).documents]
+        assert sizes == words
+        return [len(document) - 1 for document in read_text(studied, path, tokens, length).documents]
+
+    assert taken([60] * 50, 300, 32) == [34] * 9
+    assert taken([60] * 50, 20, 32) == [20]
+    assert taken([10] * 50, 300, 32) == [10] * 30
+    assert taken([200] * 2, 300, 32) == [150] * 2
+    assert taken([3] * 9 + [300], 100, 32) == [3] * 9 + [73]
+    assert taken([10] * 3, 300, 32) == [10] * 3
+    spread = [60 if index % 10 == 5 else 1 for index in range(50)]
+    assert taken(spread, 10_000, 32) == spread
+    assert taken([0, 0], 10, 32) == [0, 0]
 
 
 def test_what_cannot_be_studied_says_why(
@@ -94,9 +120,7 @@ def test_what_cannot_be_studied_says_why(
         Forward(memory, scale=[1, 2, 3])
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError, match="empty"):
-        perplexity(memory, tmp_path / "empty.txt", tokens=None)
-    with pytest.raises(StudyError, match="--length 129"):
-        loss_of(memory, read_text(memory, tmp_path / "empty.txt", None), 129)
+        loss_of(memory, read_text(memory, tmp_path / "empty.txt", None, 16), 16)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((tiny_model_dir / name).read_bytes())
     with pytest.raises(StudyError, match=r"tokenizer\.json"):

@@ -1,7 +1,11 @@
 """Alpha, dropped layers, quantised and low-rank rows: each row of a table against an obvious computation."""
 
+import shutil
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +15,10 @@ from matplotlib.figure import Figure
 from tiny import TEXT, tiny_config
 from tolserve.model.build import BuildOptions, build_table
 from tolserve.model.config import FfnVariant, ModelConfig
+from tolserve.model.edits import table_rows
 from tolserve.study import alpha, drop_layer, lowrank, quantize
-from tolserve.study.blimp import blimp
-from tolserve.study.evaluate import Studied, load, network_rows, perplexity, perplexity_of, table_rows
+from tolserve.study.blimp import accuracies, read_pairs
+from tolserve.study.evaluate import Studied, load, loss_of, network_rows, perplexity_of, read_text
 from tolserve.study.report import Study, StudyError
 from tolserve.study.tasks import Tasks
 from tolserve.tol.encoding import Encoding, EncodingError
@@ -31,8 +36,8 @@ def tasks(tmp_path: Path, blimp_zip: Path) -> Tasks:
 
 def scored(studied: Studied, tasks: Tasks, **how: object) -> dict[str, float]:
     """The columns that a row of the table must have, measured without the studies."""
-    loss = perplexity(studied, tasks.texts[0], tokens=tasks.tokens, length=tasks.length, **how)
-    by_paradigm = blimp(studied, tasks.blimp, pairs_per_paradigm=tasks.pairs, **how)
+    loss = loss_of(studied, read_text(studied, tasks.texts[0], tasks.tokens, 20), 20, **how)
+    by_paradigm = accuracies(studied, read_pairs(studied, tasks.blimp, tasks.pairs), **how)
     groups = {"recall": ["irregular", "gender"], "structure": ["island", "distractor"], "all": list(by_paradigm)}
     accuracy = {f"blimp {group}": float(np.mean([by_paradigm[n] for n in names])) for group, names in groups.items()}
     return {"ppl prose": perplexity_of(loss), **accuracy}
@@ -85,7 +90,7 @@ def test_a_quantised_row_scores_as_the_built_table(
     group_size = None if values == "bf16" else 16
     build_table(model.path, tmp_path / "tol", BuildOptions(values, group_size))
     table = Table.open(tmp_path / "tol")
-    rows = table_rows(table)
+    rows = table_rows(table, range(model.config.vocab_size), range(2))
     rounded = quantize.rounded_rows(network_rows(model), Encoding(values, group_size))
     torch.testing.assert_close(rounded, rows, rtol=0, atol=0)
     study = quantize.run([model.path], tasks, 16)
@@ -98,15 +103,35 @@ def test_a_quantised_row_scores_as_the_built_table(
     assert draws(study, quantize.draw) == 4
 
 
-def test_a_table_with_dropped_layers_or_low_rank_is_read_whole(studied_of: StudiedOf, tmp_path: Path) -> None:
-    model = studied_of("memory")
-    exact = network_rows(model)
-    build_table(model.path, tmp_path / "dropped", BuildOptions(dropped_layers=(0,)))
-    dropped = table_rows(Table.open(tmp_path / "dropped"))
-    assert not dropped[:, 0].any()
-    torch.testing.assert_close(dropped[:, 1], exact[:, 1].bfloat16().float())
-    build_table(model.path, tmp_path / "lowrank", BuildOptions(rank=32))
-    torch.testing.assert_close(table_rows(Table.open(tmp_path / "lowrank")), exact, rtol=0.02, atol=0.02 * exact.std())
+def test_an_error_is_summed_without_loss() -> None:
+    """A few large values, and so many small ones that a float32 sum of squares is deaf to most of them."""
+    rows = torch.full((1 << 15, 2, 512), 0.25)
+    rows[0] = 1000
+    rounded = rows.clone()
+    rounded[1:] *= 1.5
+    small, large = ((1 << 15) - 1) * 1024 * 0.25**2, 1024 * 1000**2
+    assert quantize.relative_error(rounded, rows) == pytest.approx((small / 4 / (small + large)) ** 0.5, rel=1e-6)
+    assert abs(float((rounded - rows).norm() / rows.norm()) / (small / 4 / (small + large)) ** 0.5 - 1) > 1e-4
+
+
+@pytest.mark.parametrize("study", [quantize, lowrank])
+def test_changed_rows_are_held_once(
+    studied_of: StudiedOf, tasks: Tasks, monkeypatch: pytest.MonkeyPatch, study: Any
+) -> None:
+    """They are as large as the table, so two of them beside it decide whether a study fits."""
+    name = "rounded_rows" if study is quantize else "of_rank"
+    made: list[weakref.ref[torch.Tensor]] = []
+    make = getattr(study, name)
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        assert not [old for old in made if old() is not None]
+        result = make(*arguments)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(study, name, watched)
+    study.run([studied_of("memory").path], tasks, 16 if study is quantize else [0.5, 0.4])
+    assert len(made) >= 3
 
 
 def test_low_rank_rows_are_those_of_the_svd(studied_of: StudiedOf, tasks: Tasks) -> None:
@@ -130,7 +155,7 @@ def test_low_rank_rows_are_those_of_the_svd(studied_of: StudiedOf, tasks: Tasks)
         u, s, vh = np.linalg.svd(rows[:, layer].double().numpy(), full_matrices=False)
         best.append(torch.from_numpy((u[:, :16] * s[:16]) @ vh[:16]).float())
     approximate = torch.stack(best, 1)
-    expected = perplexity_of(perplexity(model, tasks.texts[0], tokens=60, length=20, rows=approximate))
+    expected = scored(model, tasks, rows=approximate)["ppl prose"]
     assert cut["ppl prose"] == pytest.approx(expected, rel=0.005)  # bf16 in between
     assert abs(cut["ppl prose"] / full["ppl prose"] - 1) > 0.02
     breaks_even = study.extra["breaks_even_rank"][model.name]
@@ -142,14 +167,23 @@ def test_low_rank_rows_are_those_of_the_svd(studied_of: StudiedOf, tasks: Tasks)
 def test_a_model_is_named_by_as_much_as_tells_it_apart(
     model_dir_of: Callable[[ModelConfig], Path], tasks: Tasks, tmp_path: Path
 ) -> None:
-    for parent in ("one", "two"):
-        (tmp_path / parent).mkdir()
-        (tmp_path / parent / "model").symlink_to(model_dir_of(tiny_config()))
-    # Links lead to the folders themselves.
-    first, second = (
-        row["model"] for row in alpha.run([tmp_path / p / "model" for p in ("one", "two")], tasks, [1]).rows
-    )
-    assert first != second
+    models = [tmp_path / parent / "model" for parent in ("one", "two")]
+    for model in models:
+        shutil.copytree(model_dir_of(tiny_config()), model)
+    assert [row["model"] for row in alpha.run(models, tasks, [1]).rows] == ["one/model", "two/model"]
+    assert [row["model"] for row in alpha.run(models[:1], tasks, [1]).rows] == ["model"]
+
+
+def test_all_models_are_measured_in_windows_of_one_length(
+    model_dir_of: Callable[[ModelConfig], Path], tasks: Tasks
+) -> None:
+    models = [model_dir_of(tiny_config(max_position_embeddings=context)) for context in (24, 128)]
+    study = alpha.run(models, replace(tasks, length=None), [1])
+    assert [model["length"] for model in study.facts["models"]] == [24, 24]
+    (alone,) = alpha.run([models[1]], replace(tasks, length=24), [1]).rows
+    assert measured(study.rows[1]) == measured(alone)
+    with pytest.raises(StudyError, match="--length 25: .* takes 1 to 24"):
+        alpha.run(models, replace(tasks, length=25), [1])
 
 
 def test_what_cannot_be_measured_is_refused(studied_of: StudiedOf, tasks: Tasks, blimp_zip: Path) -> None:

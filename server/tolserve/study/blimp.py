@@ -138,13 +138,6 @@ def accuracies(studied: Studied, pairs: Pairs, rows: Rows | None = None, scale: 
     return found
 
 
-def blimp(
-    studied: Studied, path: Path, *, pairs_per_paradigm: int, rows: Rows | None = None, scale: Scale = 1.0
-) -> dict[str, float]:
-    """Accuracy by paradigm on the file's first pairs of each. Raises StudyError."""
-    return accuracies(studied, read_pairs(studied, path, pairs_per_paradigm), rows, scale)
-
-
 def by_phenomenon(pairs: Pairs, accuracy: Mapping[str, float]) -> dict[str, float]:
     """Mean over a phenomenon's paradigms."""
     named: dict[str, list[float]] = {phenomenon: [] for phenomenon in PHENOMENA}

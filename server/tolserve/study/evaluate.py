@@ -5,9 +5,10 @@ rows, a base model's FFN. One number for all layers, or one for each.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tolkernels import add_rows
 from tolserve.model.blocks import AddRow, rotary_tables
 from tolserve.model.checkpoint import load_transformer
 from tolserve.model.config import ModelConfig
@@ -25,8 +25,6 @@ from tolserve.model.networks import TOKENS_PER_BATCH
 from tolserve.model.transformer import Transformer, causal_attention, no_rows
 from tolserve.study.params import count_parameters
 from tolserve.study.report import StudyError
-from tolserve.tol.encoding import RowLayout
-from tolserve.tol.table import Table
 from tolserve.train.data import read_documents
 from tolserve.train.evaluate import HeldOut, Loss, batch_values, mean_loss
 from tolserve.train.tokenizer import read_tokenizer
@@ -158,73 +156,39 @@ def network_rows(studied: Studied) -> Rows:
     return rows
 
 
-def decode(records: Tensor, layout: RowLayout, hidden_size: int, factor: Tensor | None = None) -> Tensor:
-    """A layer's rows float32 [n, hidden_size] out of records or parts of them, uint8 [n, bytes], by the kernel that
-    serves. `factor` float32 [width, hidden_size] is a lowrank layer's."""
-    slots, zeros = torch.arange(len(records)), torch.zeros(len(records), hidden_size)
-    how: dict[str, Any] = {"offset": layout.offset, "values": layout.values, "group_size": layout.group_size}
-    # The norm that comes with the sum is not asked for.
-    return add_rows(records, slots, zeros, torch.ones(hidden_size), 1e-5, **how, factor=factor)[0]
-
-
-@torch.inference_mode()
-def table_rows(table: Table) -> Rows:
-    """All rows that a table holds, as serving reads them; zero in dropped layers.
-
-    Takes 4 * vocab_size * layers * hidden_size bytes, and the records'. Raises RecordError, TableError.
-    """
-    manifest = table.manifest
-    records = torch.from_numpy(np.stack([table.read_record(token) for token in range(manifest.vocab_size)]))
-    rows = torch.zeros(manifest.vocab_size, manifest.num_layers, manifest.hidden_size)
-    factors = table.read_factors()
-    for layer in manifest.layers:
-        group, layout = manifest.row_layout(layer)
-        part = replace(layout, offset=manifest.groups[group].offset + layout.offset)
-        bits = factors.get(layer)
-        factor = torch.from_numpy(bits).view(torch.bfloat16).float() if bits is not None else None
-        rows[:, layer] = decode(records, part, manifest.hidden_size, factor)
-    return rows
-
-
-def read_text(studied: Studied, path: Path, tokens: int | None) -> HeldOut:
+def read_text(studied: Studied, path: Path, tokens: int | None, length: int) -> HeldOut:
     """A text's documents as tokens, each begun by the separator; about `tokens` of them where that is given.
 
-    Of each document the same number is taken, from its middle, where a book is neither title page nor index.
-    Raises DataError for a file that cannot be read.
+    So few documents are taken, evenly spaced, that each fills a window of `length` tokens if it has as many, and of
+    each the middle, where a book is neither title page nor index. Raises StudyError for a length that the model does
+    not take, DataError for a file that cannot be read.
     """
-    encoded = [studied.tokenizer.encode(text, add_special_tokens=False).ids for text in read_documents(path)]
-    share = max(map(len, encoded), default=0) if tokens is None else max(1, tokens // max(1, len(encoded)))
-    parts = [ids[max(0, len(ids) - share) // 2 :][:share] for ids in encoded]
+    if not 1 <= length <= studied.config.max_position_embeddings:
+        raise StudyError(f"--length {length}: {studied.name} takes 1 to {studied.config.max_position_embeddings}")
+    documents = [studied.tokenizer.encode(text, add_special_tokens=False).ids for text in read_documents(path)]
+    parts = documents if tokens is None else _middles(documents, tokens, min(length, tokens))
     # In byte-level BPE a token's name has one letter for each of its bytes.
     size = sum(len(studied.tokenizer.id_to_token(token) or "") for ids in parts for token in ids)
     return HeldOut(tuple(np.array([studied.separator, *ids], np.int32) for ids in parts), size)
 
 
+def _middles(documents: Sequence[list[int]], tokens: int, window: int) -> list[list[int]]:
+    """About `tokens` tokens: the middles of as many documents, evenly spaced, as have them at `window` tokens each."""
+    sizes = [len(ids) for ids in documents]
+    mean = max(1.0, sum(min(size, window) for size in sizes) / max(1, len(sizes)))
+    count = min(len(documents), max(1, round(tokens / mean)))
+    taken = [documents[(2 * index + 1) * len(documents) // (2 * count)] for index in range(count)]
+    longest = max(window, *sizes) if sizes else window
+    # Long documents make up for short ones.
+    share = bisect_left(range(longest), tokens, lo=window, key=lambda most: sum(min(len(ids), most) for ids in taken))
+    return [ids[max(0, len(ids) - share) // 2 :][:share] for ids in taken]
+
+
 def loss_of(studied: Studied, text: HeldOut, length: int, rows: Rows | None = None, scale: Scale = 1.0) -> Loss:
-    """Mean loss over windows of `length` tokens of a text that was read. Raises StudyError, DataError for an empty
-    text."""
-    if not 1 <= length <= studied.config.max_position_embeddings:
-        raise StudyError(f"--length {length}: {studied.name} takes 1 to {studied.config.max_position_embeddings}")
+    """Mean loss over windows of `length` tokens, which the model must take, of a text that was read. Raises StudyError,
+    DataError for an empty text."""
     forward = Forward(studied, rows, scale)
     return mean_loss(forward, text, length, batch_values(studied.config), torch.device("cpu"))
-
-
-def perplexity(
-    studied: Studied,
-    text: Path,
-    *,
-    tokens: int | None,
-    length: int = 1024,
-    rows: Rows | None = None,
-    scale: Scale = 1.0,
-) -> Loss:
-    """Mean loss on a text (read_text), in windows of `length` tokens or the model's context where that is shorter.
-
-    Perplexity is `perplexity_of(loss)`. Raises StudyError, DataError.
-    """
-    return loss_of(
-        studied, read_text(studied, text, tokens), min(length, studied.config.max_position_embeddings), rows, scale
-    )
 
 
 def perplexity_of(loss: Loss) -> float:

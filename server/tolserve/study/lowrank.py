@@ -58,9 +58,10 @@ def run(
             progress(len(results.rows), total)
             ranks = _ranks(kind, share, [eigenvalues for eigenvalues, _ in layers])
             saved = 1 - sum(ranks) * (vocab_size + width) / (vocab_size * count * width)
-            lower = of_rank(rows, [vectors[:rank] for (_, vectors), rank in zip(layers, ranks, strict=True)])
+            directions = [vectors[:rank] for (_, vectors), rank in zip(layers, ranks, strict=True)]
             case = {"model": name, "kind": kind, "share": share, "rank": sum(ranks) / count, "saved": saved}
-            results.add(case, reading.score(lower))
+            # Without a name they are gone before the next ones, as large as the rows, are made.
+            results.add(case, reading.score(of_rank(rows, directions)))
             results.details[-1]["ranks"] = ranks
     progress(total, total)
     return results.study("lowrank", spectra=spectra, breaks_even_rank=breaks_even)

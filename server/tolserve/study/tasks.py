@@ -1,7 +1,7 @@
 """The measures that studies share: perplexity on texts and BLiMP by groups, read once and scored many times."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,19 @@ from tolserve.study.evaluate import Rows, Scale, Studied, load, loss_of, perplex
 from tolserve.study.report import Study, StudyError, provenance
 from tolserve.train.evaluate import HeldOut
 
+# Of a window, where no length is given. A context of a hundred thousand tokens is not what a study is after.
+_LONGEST = 1024
+
 
 @dataclass(frozen=True)
 class Tasks:
-    """What to measure: `texts` in windows of `length` tokens, about `tokens` of each (None: all); and BLiMP's zip with
-    `pairs` of each paradigm, or None."""
+    """What to measure: `texts` in windows of `length` tokens (None: 1,024, or the smallest context of the models that
+    are measured together), about `tokens` of each (None: all); and BLiMP's zip with `pairs` of each paradigm, or
+    None."""
 
     texts: tuple[Path, ...]
     tokens: int | None = None
-    length: int = 1024
+    length: int | None = None
     blimp: Path | None = None
     pairs: int = 200
 
@@ -31,9 +35,16 @@ class Tasks:
 
     def read(self, studied: Studied) -> "Reading":
         """Raises StudyError, DataError."""
-        texts = {text_name(path): read_text(studied, path, self.tokens) for path in self.texts}
+        length, context = self.length_for([studied]), studied.config.max_position_embeddings
+        if not 1 <= length <= context:
+            raise StudyError(f"--length {length}: {studied.name} takes 1 to {context}")
+        texts = {text_name(path): read_text(studied, path, self.tokens, length) for path in self.texts}
         pairs = read_pairs(studied, self.blimp, self.pairs) if self.blimp is not None else None
-        return Reading(studied, texts, min(self.length, studied.config.max_position_embeddings), pairs)
+        return Reading(studied, texts, length, pairs)
+
+    def length_for(self, models: Sequence[Studied]) -> int:
+        """Tokens of a window: the same for all of `models`, since a longer one predicts better."""
+        return self.length or min(_LONGEST, *(studied.config.max_position_embeddings for studied in models))
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,9 @@ def read_models(models: Sequence[Path], tasks: Tasks) -> dict[str, Reading]:
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
-    return {"/".join(part[-depth:]): tasks.read(load(path)) for part, path in zip(parts, models, strict=True)}
+    studied = {"/".join(part[-depth:]): load(path) for part, path in zip(parts, models, strict=True)}
+    alike = replace(tasks, length=tasks.length_for(list(studied.values())))
+    return {name: alike.read(model) for name, model in studied.items()}
 
 
 @dataclass
