@@ -153,8 +153,6 @@ def test_a_cell_is_read_through_final_norm_and_head(tied: bool) -> None:
         asked = c[:, cell.cell]
         assert [token for token, _ in cell.excited_by] == asked.abs().argsort(descending=True)[:5].tolist()
         assert all(number == pytest.approx(float(asked[token])) for token, number in cell.excited_by)
-    with pytest.raises(StudyError, match="cells 0 to 47"):
-        tkv.read_cells(model, 0, [48], 5)
 
 
 def test_the_strongest_cells_add_most_to_the_rows() -> None:
@@ -212,6 +210,10 @@ def test_what_a_model_cannot_be_asked_is_refused(
 ) -> None:
     with pytest.raises(StudyError, match="layers 0 to 1"):
         tkv.run(tiny_model_dir, layer=2)
+    begun: list[int] = []
+    with pytest.raises(StudyError, match="--cells 48: the layers have cells 0 to 47"):
+        tkv.run(tiny_model_dir, cells=[3, 48], progress=lambda done, total: begun.append(done))
+    assert not begun  # before the clusters of any layer, which take minutes at size
     with pytest.raises(StudyError, match="base model"):
         tkv.run(model_dir_of(tiny_config("base")))
 

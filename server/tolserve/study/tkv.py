@@ -183,10 +183,7 @@ class Cell:
 
 
 def read_cells(model: Transformer, layer: int, cells: list[int], count: int) -> list[Cell]:
-    """What cells say and who asks them. Raises StudyError for a cell that the layer does not have."""
-    width = model.config.intermediate_size
-    if wrong := [cell for cell in cells if not 0 <= cell < width]:
-        raise StudyError(f"--cells {wrong[0]}: the layers have cells 0 to {width - 1}")
+    """What cells say and who asks them."""
     logits = model.logits(values(model, layer)[cells] * model.model.norm.weight)
     asked = torch.cat([coefficients(model, layer, part)[:, cells] for part in vocabulary_chunks(model)]).T
     read = []
@@ -244,6 +241,9 @@ def run(
         raise StudyError(f"{model} is a base model: its FFNs read the residual stream, so no token has coefficients")
     if not 0 <= layer < studied.config.num_hidden_layers:
         raise StudyError(f"--layer {layer}: the model has layers 0 to {studied.config.num_hidden_layers - 1}")
+    width = studied.config.intermediate_size
+    if wrong := [cell for cell in cells if not 0 <= cell < width]:
+        raise StudyError(f"--cells {wrong[0]}: the layers have cells 0 to {width - 1}")
     network = studied.model
     asked = torch.tensor([token_of(studied.tokenizer, text) for text in tokens], dtype=torch.int64)
     ids = sample_tokens(studied.config.vocab_size, sample, seed)
