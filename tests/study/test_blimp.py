@@ -15,6 +15,7 @@ from tolserve.study.blimp import (
     accuracies,
     by_group,
     by_phenomenon,
+    grouping,
     log_probabilities,
     read_pairs,
 )
@@ -76,6 +77,7 @@ def test_groups_are_means_over_paradigms() -> None:
     assert by_phenomenon(pairs, accuracy) == {"irregular_forms": 0.75, "anaphor_agreement": 0.0, "island_effects": 0.75}
     assert by_group(pairs, accuracy) == {"recall": 0.5, "structure": 0.75, "all": 0.5625}
     assert {phenomenon.group for phenomenon in PHENOMENA.values()} == {"recall", "structure"}
+    assert grouping()["ellipsis"] == {"group": "structure", "reason": PHENOMENA["ellipsis"].reason}
 
 
 def test_another_file_is_refused(studied_of: Callable[[FfnVariant], Studied], tmp_path: Path, blimp_zip: Path) -> None:

@@ -17,7 +17,7 @@ from tolserve.model.build import BuildOptions, build_table
 from tolserve.model.config import FfnVariant, ModelConfig
 from tolserve.model.edits import table_rows
 from tolserve.study import alpha, drop_layer, lowrank, quantize
-from tolserve.study.blimp import accuracies, read_pairs
+from tolserve.study.blimp import accuracies, grouping, read_pairs
 from tolserve.study.evaluate import Studied, load, loss_of, network_rows, perplexity_of, read_text
 from tolserve.study.report import Study, StudyError
 from tolserve.study.tasks import Tasks
@@ -65,6 +65,8 @@ def test_alpha_scales_every_model(studied_of: StudiedOf, tasks: Tasks) -> None:
     facts = study.facts["models"][1]
     assert (facts["ffn_variant"], facts["blimp_pairs"], facts["length"]) == ("memory", 6, 20)
     assert facts["tokens"] == {"prose": 60}
+    assert study.facts["blimp_groups"] == grouping()
+    assert "blimp_groups" not in alpha.run([models[0].path], replace(tasks, blimp=None), [1]).facts
     assert draws(study, alpha.draw) == 4
     assert alpha.run([models[0].path], tasks, [0.5]).rows == [study.rows[1]]
 

@@ -8,7 +8,7 @@ no token for its end; the pair counts if the good one's is higher.
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -52,6 +52,11 @@ PHENOMENA: dict[str, Phenomenon] = {
     "island_effects": Phenomenon("structure", "whether the gap lies in a phrase that nothing may be moved out of"),
     "ellipsis": Phenomenon("structure", "whether what is left out has its like in the first half of the sentence"),
 }
+
+
+def grouping() -> dict[str, dict[str, str]]:
+    """Each phenomenon's group and why it is in it, as a study's facts hold it: the grouping is ours."""
+    return {name: asdict(phenomenon) for name, phenomenon in PHENOMENA.items()}
 
 
 @dataclass(frozen=True)

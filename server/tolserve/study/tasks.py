@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tolserve.study.blimp import Pairs, accuracies, by_group, by_phenomenon, read_pairs
+from tolserve.study.blimp import Pairs, accuracies, by_group, by_phenomenon, grouping, read_pairs
 from tolserve.study.evaluate import Rows, Scale, Studied, load, loss_of, perplexity_of, read_text
 from tolserve.study.report import Study, StudyError, provenance
 from tolserve.train.evaluate import HeldOut
@@ -41,6 +41,10 @@ class Tasks:
         texts = {text_name(path): read_text(studied, path, self.tokens, length) for path in self.texts}
         pairs = read_pairs(studied, self.blimp, self.pairs) if self.blimp is not None else None
         return Reading(studied, texts, length, pairs)
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the scores must know and the models do not say."""
+        return {"blimp_groups": grouping()} if self.blimp is not None else {}
 
     def length_for(self, models: Sequence[Studied]) -> int:
         """Tokens of a window: the same for all of `models`, since a longer one predicts better."""
@@ -103,13 +107,14 @@ def read_models(models: Sequence[Path], tasks: Tasks) -> dict[str, Reading]:
 class Results:
     """Rows and details of a study as they come, and what is made of them at the end."""
 
+    tasks: Tasks
     readings: dict[str, Reading]
     rows: list[dict[str, Any]]
     details: list[dict[str, Any]]
 
     @classmethod
     def of(cls, models: Sequence[Path], tasks: Tasks) -> "Results":
-        return cls(read_models(models, tasks), [], [])
+        return cls(tasks, read_models(models, tasks), [], [])
 
     def add(self, case: dict[str, Any], scores: Scores, **further: Any) -> None:
         """`case` says what was measured; it begins the table's row and the details'."""
@@ -118,7 +123,9 @@ class Results:
 
     def study(self, name: str, **extra: Any) -> Study:
         models = [{"name": name, **reading.facts()} for name, reading in self.readings.items()]
-        return Study(name, {"models": models} | provenance(), self.rows, {**extra, "scores": self.details})
+        return Study(
+            name, {"models": models} | self.tasks.facts() | provenance(), self.rows, {**extra, "scores": self.details}
+        )
 
 
 def text_name(path: Path) -> str:
