@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -496,25 +496,40 @@ class TaskOptions(StudyOptions):
     blimp: Path | None = Field(None, description="BLiMP's zip, to measure its accuracies as well")
     pairs: Positive = Field(200, description="pairs of each of BLiMP's paradigms; it has 1,000")
 
+    # What nothing but --text has a use for.
+    _of_text: ClassVar[frozenset[str]] = frozenset({"tokens", "length"})
+
+    @model_validator(mode="after")
+    def _check_uses(self) -> Self:
+        if not self.text and (given := self.model_fields_set & self._of_text):
+            raise ValueError(f"{self.flag(min(given))} is for --text")
+        _check_pairs(self, self.blimp)
+        return self
+
+
+def _check_pairs(settings: Options, blimp: Path | None) -> None:
+    if blimp is None and "pairs" in settings.model_fields_set:
+        raise ValueError("--pairs is for --blimp")
+
 
 class StudyAlphaSettings(TaskOptions):
-    """Feed-forward outputs scaled from 1 to 0: perplexity and BLiMP (Fig. 7, Table 1)."""
+    """Feed-forward outputs scaled from 1 to 0: perplexity and BLiMP (Fig. 7, Table 1). Runs on the CPU."""
 
     alphas: Numbers = Field((1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.0), description="scales, as 1,0.5,0")
 
 
 class StudyDropLayerSettings(TaskOptions):
-    """One layer's feed-forward output left out, every layer in turn (Fig. 4, 12)."""
+    """One layer's feed-forward output left out, every layer in turn (Fig. 4, 12). Runs on the CPU."""
 
 
 class StudyQuantizeSettings(TaskOptions):
-    """Tables of 16, 8 and 4 bits: bytes, perplexity and BLiMP (Table 7)."""
+    """Tables of 16, 8 and 4 bits: bytes, perplexity and BLiMP (Table 7). Runs on the CPU."""
 
     group_size: Positive = Field(64, description="values per scale of int8 and int4")
 
 
 class StudyLowrankSettings(TaskOptions):
-    """Singular spectra of the rows, and rows of lower rank (Table 8, Fig. 13)."""
+    """Singular spectra of the rows, and rows of lower rank (Table 8, Fig. 13). Runs on the CPU."""
 
     cuts: Numbers = Field((0.1, 0.2, 0.3, 0.4, 0.5), description="shares of the rank cut off in all layers, as 0.1,0.5")
     energies: Numbers = Field(
@@ -523,15 +538,19 @@ class StudyLowrankSettings(TaskOptions):
 
 
 class StudyPruneSettings(TaskOptions):
-    """The first model, a base one, pruned to the active parameters of each other one (Fig. 11)."""
+    """The first model, a base one, pruned to the active parameters of each other one (Fig. 11). Runs on the CPU."""
 
     calibration: Path = Field(description="text that wanda and sparsegpt see, best of what the model was trained on")
     sequences: Positive = Field(32, description="windows of --calibration, each from a document of its own")
     methods: PruneMethods = Field(("magnitude", "wanda", "sparsegpt"), description="as magnitude,wanda,sparsegpt")
 
+    _of_text: ClassVar[frozenset[str]] = frozenset({"tokens"})  # --calibration is cut by --length as well
+
 
 class StudyTkvSettings(StudyOptions):
-    """Memory networks read as tokens, keys and values: clusters, outliers, neighbours, cells (Fig. 5, 6)."""
+    """Memory networks read as tokens, keys and values: clusters, outliers, neighbours, cells (Fig. 5, 6).
+
+    Runs on the CPU."""
 
     model: CliPositionalArg[Path] = Field(description="model directory, memory or flex, with its memory.* tensors")
     layer: int = Field(0, ge=0, description="layer whose clusters, neighbours and cells are shown")
@@ -558,15 +577,23 @@ class StudyCompareSettings(StudyOptions):
     num_hidden_layers: Positive = 8
     num_attention_heads: Positive = 4
     batch: Positive = Field(16, description="sequences per step")
+    accumulate: Positive = Field(1, description="micro-batches that each process cuts its share of a step into")
     length: Positive = Field(512, description="tokens per sequence")
     steps: Positive = 1280
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     peak_lr: PositiveFloat = 3e-3
     min_lr: NotNegativeFloat = 1.5e-4
+    autocast: Literal["off", "bf16"] = Field("off", description="bf16: matrix products in 16 bits, weights in 32")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train; auto prefers cuda")
     save_every: Positive = Field(40, description="steps between saves of resumable state")
-    text: list[Path] = Field([], description="text to measure perplexity on beside --held-out; several")
-    blimp: Path | None = Field(None, description="BLiMP's zip, to measure its accuracies as well")
+    text: list[Path] = Field([], description="text to measure perplexity on beside --held-out, on the CPU; several")
+    blimp: Path | None = Field(None, description="BLiMP's zip, to measure its accuracies as well, on the CPU")
     pairs: Positive = Field(200, description="pairs of each of BLiMP's paradigms; it has 1,000")
+
+    @model_validator(mode="after")
+    def _check_uses(self) -> Self:
+        _check_pairs(self, self.blimp)
+        return self
 
 
 class StudyDecodeCostSettings(StudyOptions):

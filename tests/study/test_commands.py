@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tiny import TEXT
+from tolserve import settings
 from tolserve.cli import main
 from tolserve.model.config import FfnVariant
 from tolserve.study.evaluate import Studied
@@ -60,6 +61,9 @@ def test_a_study_leaves_three_files(
         ([], 1, "--text"),
         (["--text", "/nowhere.txt"], 1, "/nowhere.txt"),
         (["--blimp", "/nowhere.zip"], 1, "/nowhere.zip"),
+        (["--text", "/nowhere.txt", "--pairs", "5"], 2, "--pairs is for --blimp"),
+        (["--blimp", "/nowhere.zip", "--tokens", "5"], 2, "--tokens is for --text"),
+        (["--blimp", "/nowhere.zip", "--length", "5"], 2, "--length is for --text"),
     ],
 )
 def test_wrong_options_end_with_one_line(
@@ -75,3 +79,16 @@ def test_wrong_options_end_with_one_line(
     assert said in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_help_says_where_a_study_runs() -> None:
+    studies = [study for study in settings.StudyOptions.__subclasses__() if study is not settings.TaskOptions]
+    for study in [*studies, *settings.TaskOptions.__subclasses__()]:
+        assert "device" in study.model_fields or "Runs on the CPU." in str(study.__doc__)
+
+
+def test_calibration_has_a_length_without_a_text() -> None:
+    given = {"model": [Path("m")], "out": Path("o"), "blimp": Path("b.zip"), "calibration": Path("c.txt")}
+    assert settings.StudyPruneSettings(**given, length=64).length == 64
+    with pytest.raises(ValueError, match="--tokens is for --text"):
+        settings.StudyPruneSettings(**given, tokens=64)

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +155,7 @@ def test_further_tasks_are_measured_for_each_run(tmp_path: Path, shape: Shape, r
     study = compare.run({"memory": 2}, shape, recipe, tmp_path, tasks=tasks)
     scores = [tasks.read(load(tmp_path / f"memory-s{seed}")).score().columns for seed in (0, 1)]
     assert scores[0].keys() >= {"ppl unseen", "blimp recall", "blimp structure", "blimp all"}
+    assert study.facts["blimp_groups"]["binding"]["group"] == "structure"
     for name in scores[0]:
         assert study.rows[0][name] == np.mean([score[name] for score in scores])
 
@@ -173,6 +177,7 @@ def test_the_commands_defaults_are_a_recipe_for_two_cores(tmp_path: Path) -> Non
     assert recipe.batch * recipe.length * recipe.steps == 10_485_760
     assert (recipe.weight_decay, recipe.beta1, recipe.beta2, recipe.z_loss) == (0.1, 0.9, 0.95, 1e-6)
     assert (recipe.data, recipe.held_out, recipe.tokenizer) == (("a.txt",), "b.txt", "t.json")
+    assert (recipe.accumulate, recipe.autocast) == (1, "off")
     assert compare.seeds_of(settings.variants).keys() == set(PAPER_ORDER)
     assert planned(compare.seeds_of(settings.variants))[:2] == [("base", 0), ("memory", 0)]
 
@@ -189,7 +194,40 @@ def test_the_command_trains_and_tells_the_order(
     assert [row["seeds"] for row in json.loads(capsys.readouterr().out)["rows"]] == [2, 1]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base-s0", "base-s1", "memory-s0"]
     assert main(argv) == 0
-    assert "base before memory: by" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "base before memory: by" in printed
+    assert "over seeds (t, 1 degrees of freedom)" in printed
+
+
+def test_several_processes_train_and_one_reports(tmp_path: Path, recipe: Recipe, shape: Shape) -> None:
+    texts = {"data": recipe.data[0], "held-out": recipe.held_out, "tokenizer": recipe.tokenizer, "out": tmp_path}
+    sizes = {"hidden-size": 16, "num-hidden-layers": 1, "num-attention-heads": 2, "vocab-size": shape.vocab_size}
+    how = {"batch": 4, "accumulate": 2, "autocast": "bf16", "device": "cpu", "length": 16, "steps": 2, "warmup": 1}
+    named = texts | sizes | how | {"variants": "base,memory", "threads": 1}
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tolserve"]
+    argv += ["study", "compare", "--json", *(word for key, value in named.items() for word in (f"--{key}", str(value)))]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root / "server"), str(root / "kernels")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, env=environment, text=True, capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    study = json.loads(done.stdout)  # of one process, and nothing else
+    assert [row["variant"] for row in study["rows"]] == ["base", "memory"]
+    assert (study["facts"]["recipe"]["accumulate"], study["facts"]["recipe"]["autocast"]) == (2, "bf16")
+    kept = json.loads((tmp_path / "memory-s0" / "recipe.json").read_text())["recipe"]
+    assert (kept["accumulate"], kept["autocast"]) == (2, "bf16")
+
+
+def test_a_recipe_that_lacks_later_fields_still_matches(tmp_path: Path, recipe: Recipe, shape: Shape) -> None:
+    study = compare.run({"base": 1}, shape, recipe, tmp_path)
+    path = tmp_path / "base-s0" / "recipe.json"
+    written = json.loads(path.read_text())
+    for name in ("accumulate", "autocast", "compile", "init_from", "freeze", "distil"):
+        del written["recipe"][name]
+    path.write_text(json.dumps(written))
+    assert compare.run({"base": 1}, shape, recipe, tmp_path).rows == study.rows
+    with pytest.raises(TrainError, match="another recipe"):
+        compare.run({"base": 1}, shape, replace(recipe, accumulate=2), tmp_path)
 
 
 @pytest.mark.parametrize("variants", [["flex-4"], ["base:0"], ["base:x"], ["base:"], ["base", "base:2"]])
@@ -204,7 +242,8 @@ def runs_of(bits: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def test_the_papers_order_is_told_with_its_spread() -> None:
-    """Deviations sqrt(2)/100 and 0 over 2 + 2 seeds pool to 0.01; the error of a single against two is 0.01225."""
+    """Deviations sqrt(2)/100 and 0 over 2 + 2 seeds pool to 0.01, of 2 degrees of freedom, whose t is 4.303; a single
+    against two is uncertain by 0.01 sqrt(1.5) of them."""
     found = paper_order(runs_of({SMALL: [1.41], "memory": [1.40, 1.42], "base": [1.3, 1.3], "flex-1": [1.39]}))
     assert [(pair["better"], pair["worse"]) for pair in found] == [
         ("base", "flex-1"),
@@ -214,9 +253,14 @@ def test_the_papers_order_is_told_with_its_spread() -> None:
     assert [round(pair["ahead"], 6) for pair in found] == [0.09, 0.02, 0.0]
     assert [pair["as_the_paper"] for pair in found][:2] == [True, True]
     assert [pair["clear"] for pair in found] == [True, False, False]
+    assert [pair["freedom"] for pair in found] == [2, 2, 2]
+    assert [pair["margin"] for pair in found] == pytest.approx([4.302653 * 0.01 * 1.5**0.5] * 3, rel=1e-6)
+    near = paper_order(runs_of({"memory": [1.40, 1.42], "base": [1.3, 1.3], "flex-1": [1.35]}))
+    assert [(round(pair["ahead"], 3), pair["clear"]) for pair in near] == [(0.05, False), (0.06, True)]
     turned = paper_order(runs_of({"base": [1.4, 1.41], "memory": [1.2]}))
     assert [(pair["as_the_paper"], pair["clear"]) for pair in turned] == [(False, True)]
-    assert paper_order(runs_of({"base": [1.4], "memory": [1.2]}))[0]["clear"] is None
+    (alone,) = paper_order(runs_of({"base": [1.4], "memory": [1.2]}))
+    assert (alone["clear"], alone["margin"]) == (None, None)
 
 
 def test_held_out_text_is_needed(tmp_path: Path, shape: Shape, recipe: Recipe) -> None:

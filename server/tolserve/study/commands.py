@@ -99,6 +99,7 @@ def compare(settings: StudyCompareSettings) -> None:
     from tolserve.study.compare import Shape, draw, recipe_of, run, seeds_of
     from tolserve.study.tasks import Tasks
     from tolserve.train.loop import keep_freed_memory
+    from tolserve.train.ranks import join
 
     keep_freed_memory()
     given = settings.model_dump(mode="json")
@@ -108,11 +109,13 @@ def compare(settings: StudyCompareSettings) -> None:
     if settings.text or settings.blimp is not None:
         tasks = Tasks(tuple(settings.text), None, settings.length, settings.blimp, settings.pairs)
     seeds = seeds_of(settings.variants)
-    finish(
-        settings,
-        lambda progress: run(seeds, shape, recipe, settings.out, settings.save_every, tasks, progress),
-        draw,
-    )
+    with join(settings.device) as ranks:
+        finish(
+            settings,
+            lambda progress: run(seeds, shape, recipe, settings.out, settings.save_every, tasks, progress, ranks),
+            draw,
+            shown=ranks.first,
+        )
 
 
 def decode_cost(settings: StudyDecodeCostSettings) -> None:
@@ -139,9 +142,10 @@ def finish(
     run: "Callable[[Callable[[int, int], None]], Study]",
     draw: "Draw",
     packages: tuple[str, ...] = ("matplotlib",),
+    shown: bool = True,
 ) -> None:
-    """Run a study under a progress bar, write its files, and print its table or JSON. `packages` of the extra `study`
-    are asked for first."""
+    """Run a study under a progress bar, write its files, and print its table or JSON; all but the run only if `shown`.
+    `packages` of the extra `study` are asked for first."""
     import torch
 
     from tolserve.study.report import render, require, write
@@ -149,13 +153,15 @@ def finish(
     require(*packages)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with tqdm(unit="case", file=sys.stderr) as bar:
+    with tqdm(unit="case", file=sys.stderr, disable=not shown) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         study = run(progress)
+    if not shown:
+        return
     paths = write(study, settings.out, lambda figure: draw(study, figure))
     if settings.json_output:
         print(json.dumps(asdict(study), indent=2))

@@ -8,7 +8,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,10 +18,11 @@ from tolserve.model.config import ModelConfig
 from tolserve.model.presets import VARIANTS
 from tolserve.study.evaluate import load
 from tolserve.study.params import count_parameters
-from tolserve.study.report import Study, StudyError, provenance
+from tolserve.study.report import Study, StudyError, provenance, require
 from tolserve.study.tasks import Tasks, quiet
 from tolserve.train.data import read_documents
 from tolserve.train.loop import Run
+from tolserve.train.ranks import ALONE, Ranks
 from tolserve.train.recipe import Recipe, claim
 from tolserve.train.tokenizer import train_tokenizer, write_tokenizer
 
@@ -85,10 +86,10 @@ def _small(base: ModelConfig) -> ModelConfig:
 
 
 def recipe_of(options: Mapping[str, Any]) -> Recipe:
-    """The recipe of all runs: data, rates and sizes as given, the rest as in the paper (section 4); clipping, which it
-    does not mention, at 1."""
-    names = ("held_out", "tokenizer", "batch", "length", "steps", "warmup", "peak_lr", "min_lr")
-    given = {name: options[name] for name in names} | {"data": tuple(options["data"]), "seed": 0}
+    """The recipe of all runs: what the options say, the rest as in the paper (section 4); clipping, which it does not
+    mention, at 1."""
+    given = {field.name: options[field.name] for field in fields(Recipe) if field.name in options}
+    given |= {"data": tuple(options["data"]), "seed": 0}
     return Recipe(**given, weight_decay=0.1, beta1=0.9, beta2=0.95, z_loss=1e-6, clip=1.0)
 
 
@@ -116,7 +117,7 @@ def planned(seeds: Mapping[str, int]) -> list[tuple[str, int]]:
     return [(name, seed) for seed, name in sorted(runs, key=lambda run: run[0])]
 
 
-def train_run(folder: Path, config: ModelConfig, recipe: Recipe, save_every: int) -> None:
+def train_run(folder: Path, config: ModelConfig, recipe: Recipe, save_every: int, ranks: Ranks) -> None:
     """Train one run, go on with it, or leave it as it is when it is finished.
 
     Raises TrainError for a folder that holds another recipe.
@@ -124,7 +125,7 @@ def train_run(folder: Path, config: ModelConfig, recipe: Recipe, save_every: int
     if (folder / "figures.json").exists():
         claim(folder, config, recipe)
         return
-    run = Run(folder, config, recipe)
+    run = Run(folder, config, recipe, ranks)
     run.train(save_every)
     run.finish()
 
@@ -177,27 +178,34 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def paper_order(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each two neighbours in the paper's order: by how many bits per byte the first is ahead of the second.
 
-    `clear` is whether that is beyond twice its standard error, both ways: the deviation over seeds is pooled over
-    all variants that have several, since a variant with one seed has none of its own. None where no variant has.
+    `margin` is half the 95% confidence interval of that, by Student's t: the deviation over seeds is pooled over all
+    variants that have several, since a variant with one seed has none of its own, and `freedom` counts what it is
+    pooled from. `clear`: the interval leaves out 0. Margin and clear are None where no variant has two seeds.
     """
+    from scipy import stats
+
     bits = {name: [run["bits_per_byte"] for run in runs if run["variant"] == name] for name in PAPER_ORDER}
     several = [of for of in bits.values() if len(of) > 1]
     freedom = sum(len(of) - 1 for of in several)
     deviation = math.sqrt(sum(stdev(of) ** 2 * (len(of) - 1) for of in several) / freedom) if freedom else None
+    quantile = float(stats.t.ppf(0.975, freedom)) if freedom else math.nan
     present = [name for name in PAPER_ORDER if bits[name]]
     found = []
     for better, worse in pairwise(present):
         ahead = mean(bits[worse]) - mean(bits[better])
-        error = deviation and deviation * math.sqrt(1 / len(bits[better]) + 1 / len(bits[worse]))
-        clear = None if error is None else abs(ahead) > 2 * error
-        found.append({"better": better, "worse": worse, "ahead": ahead, "as_the_paper": ahead > 0, "clear": clear})
+        scale = math.sqrt(1 / len(bits[better]) + 1 / len(bits[worse]))
+        margin = None if deviation is None else quantile * deviation * scale
+        clear = None if margin is None else abs(ahead) > margin
+        pair = {"better": better, "worse": worse, "ahead": ahead, "as_the_paper": ahead > 0}
+        found.append(pair | {"clear": clear, "margin": margin, "freedom": freedom})
     return found
 
 
 def _order_in_words(pair: dict[str, Any]) -> str:
-    unknown = "no variant has two seeds, so the spread is not known"
-    sure = unknown if pair["clear"] is None else "beyond" if pair["clear"] else "within"
-    sure = sure if pair["clear"] is None else f"{sure} twice the standard error over seeds"
+    sure = "no variant has two seeds, so the spread is not known"
+    if pair["clear"] is not None:
+        side = "beyond" if pair["clear"] else "within"
+        sure = f"{side} the 95% margin of {pair['margin']:.4f} over seeds (t, {pair['freedom']} degrees of freedom)"
     order = "as in the paper" if pair["as_the_paper"] else "NOT as in the paper"
     return f"{pair['better']} before {pair['worse']}: by {pair['ahead']:.4f} bits per byte, {order}, {sure}"
 
@@ -210,23 +218,29 @@ def run(
     save_every: int = 250,
     tasks: Tasks | None = None,
     progress: Callable[[int, int], None] = quiet,
+    ranks: Ranks = ALONE,
 ) -> Study:
     """Train what is not trained yet, and compare. `seeds` says how many runs each variant gets, seeds 0, 1, ...;
-    `recipe`'s own seed does not count. `tasks` are measured beside the held-out text. Without a tokenizer in `recipe`
-    one is trained for all runs. Raises StudyError, TrainError, ConfigError, DataError."""
+    `recipe`'s own seed does not count. `tasks` are measured beside the held-out text, on the CPU. Without a tokenizer
+    in `recipe` one is trained for all runs. Several processes train each run together, and the first one measures: the
+    others' studies are empty. Raises StudyError, TrainError, ConfigError, DataError."""
+    require("scipy")
     if recipe.held_out is None:
         raise StudyError("compare needs --held-out, text that no run trains on")
     configs = {name: variant_config(name, shape, recipe.length) for name in seeds}
-    recipe = _with_tokenizer(recipe, shape.vocab_size, out)
+    with ranks.first_ahead():
+        recipe = _with_tokenizer(recipe, shape.vocab_size, out)
     measured: list[dict[str, Any]] = []
     runs = planned(seeds)
     for name, seed in runs:
         progress(len(measured), len(runs))
         folder = out / folder_name(name, seed)
-        train_run(folder, configs[name], replace(recipe, seed=seed), save_every)
-        measured.append(measure(folder, name, seed, tasks))
+        train_run(folder, configs[name], replace(recipe, seed=seed), save_every, ranks)
+        if ranks.first:
+            measured.append(measure(folder, name, seed, tasks))
     progress(len(runs), len(runs))
     facts = {"shape": vars(shape), "recipe": {key: value for key, value in vars(recipe).items() if key != "seed"}}
+    facts |= tasks.facts() if tasks is not None else {}
     order = paper_order(measured)
     extra = {"paper_order": order, "runs": measured}
     return Study("compare", facts | provenance(), summarise(measured), extra, [_order_in_words(pair) for pair in order])
