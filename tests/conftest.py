@@ -73,7 +73,7 @@ def model_dir_of(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer)
         weights = {name: p.to(torch.bfloat16) for name, p in random_model(named).named_parameters()}
         fingerprint = compute_fingerprint(named, weights) if named.has_memory else None
         save_checkpoint(folder, named, weights, fingerprint)
-        save_tokenizer(tokenizer, folder, named.max_position_embeddings)
+        save_tokenizer(tokenizer, folder, named.max_position_embeddings, end)
         return folder
 
     return write

@@ -25,15 +25,6 @@ from tolserve.settings import (
     Options,
     PackSettings,
     ServeSettings,
-    StudyAlphaSettings,
-    StudyCompareSettings,
-    StudyDecodeCostSettings,
-    StudyDropLayerSettings,
-    StudyLowrankSettings,
-    StudyParamsSettings,
-    StudyPruneSettings,
-    StudyQuantizeSettings,
-    StudyTkvSettings,
     TableBuildSettings,
     TableExportSettings,
     TableFreqSettings,
@@ -420,7 +411,7 @@ class Command:
     run: Callable[[Any], None]
 
 
-COMMANDS = {
+COMMANDS: dict[tuple[str, ...], Command] = {
     ("serve",): Command(ServeSettings, serve),
     ("generate",): Command(GenerateSettings, generate),
     ("inspect",): Command(InspectSettings, inspect),
@@ -433,22 +424,14 @@ COMMANDS = {
     ("table", "plan"): Command(TablePlanSettings, table_plan),
     ("table", "replay"): Command(TableReplaySettings, table_replay),
     ("pack",): Command(PackSettings, pack),
-    ("study", "params"): Command(StudyParamsSettings, study.params),
-    ("study", "alpha"): Command(StudyAlphaSettings, study.alpha),
-    ("study", "drop-layer"): Command(StudyDropLayerSettings, study.drop_layer),
-    ("study", "quantize"): Command(StudyQuantizeSettings, study.quantize),
-    ("study", "lowrank"): Command(StudyLowrankSettings, study.lowrank),
-    ("study", "prune"): Command(StudyPruneSettings, study.prune),
-    ("study", "tkv"): Command(StudyTkvSettings, study.tkv),
-    ("study", "compare"): Command(StudyCompareSettings, study.compare),
-    ("study", "decode-cost"): Command(StudyDecodeCostSettings, study.decode_cost),
+    **{("study", name): Command(options, run) for name, (options, run) in study.COMMANDS.items()},
 }
 
 
 def _overview() -> str:
     lines = ["usage: tolserve COMMAND [OPTIONS]", "", "An inference server for MemoryLLM models.", "", "commands:"]
     for words, command in COMMANDS.items():
-        lines.append(f"  {' '.join(words):<15} {(command.settings.__doc__ or '').splitlines()[0]}")
+        lines.append(f"  {' '.join(words):<17} {(command.settings.__doc__ or '').splitlines()[0]}")
     lines += ["", "`tolserve COMMAND --help` explains a command's options; `tolserve --version` says which this is."]
     return "\n".join(lines)
 

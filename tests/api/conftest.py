@@ -19,7 +19,7 @@ TEXT = "The old house stood at the end of the lane. “Who's there?” cried the
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     folder.mkdir()
-    save_tokenizer(train_tokenizer([TEXT], 300), folder, CONTEXT)
+    save_tokenizer(train_tokenizer([TEXT], 300), folder, CONTEXT, end=0)
     config = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT, "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tiny import TEXT
-from tolserve import settings
 from tolserve.cli import main
 from tolserve.model.config import FfnVariant
+from tolserve.study import settings
 from tolserve.study.evaluate import Studied
 
 StudiedOf = Callable[[FfnVariant], Studied]

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 from tiny import TEXT
 from tolserve.cli import main
 from tolserve.model.presets import SIZES, preset
-from tolserve.settings import StudyCompareSettings
 from tolserve.study import compare
 from tolserve.study.compare import PAPER_ORDER, SMALL, Shape, folder_name, paper_order, planned, variant_config
 from tolserve.study.evaluate import load
 from tolserve.study.params import count_parameters
 from tolserve.study.report import StudyError, write
+from tolserve.study.settings import StudyCompareSettings
 from tolserve.study.tasks import Tasks
 from tolserve.train.loop import Run, TrainError
 from tolserve.train.recipe import Recipe

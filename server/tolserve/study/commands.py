@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tolserve.settings import (
+from tolserve.settings import Options
+from tolserve.study.settings import (
     StudyAlphaSettings,
     StudyCompareSettings,
     StudyDecodeCostSettings,
@@ -168,3 +169,16 @@ def finish(
         return
     print("\n".join((render(study.rows), *study.notes)))
     print(f"\nwritten: {', '.join(map(str, paths))}")
+
+
+COMMANDS: dict[str, tuple[type[Options], Callable[[Any], None]]] = {
+    "params": (StudyParamsSettings, params),
+    "alpha": (StudyAlphaSettings, alpha),
+    "drop-layer": (StudyDropLayerSettings, drop_layer),
+    "quantize": (StudyQuantizeSettings, quantize),
+    "lowrank": (StudyLowrankSettings, lowrank),
+    "prune": (StudyPruneSettings, prune),
+    "tkv": (StudyTkvSettings, tkv),
+    "compare": (StudyCompareSettings, compare),
+    "decode-cost": (StudyDecodeCostSettings, decode_cost),
+}
