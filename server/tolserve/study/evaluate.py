@@ -160,11 +160,8 @@ def read_text(studied: Studied, path: Path, tokens: int | None, length: int) -> 
     """A text's documents as tokens, each begun by the separator; about `tokens` of them where that is given.
 
     So few documents are taken, evenly spaced, that each fills a window of `length` tokens if it has as many, and of
-    each the middle, where a book is neither title page nor index. Raises StudyError for a length that the model does
-    not take, DataError for a file that cannot be read.
+    each the middle, where a book is neither title page nor index. Raises DataError for a file that cannot be read.
     """
-    if not 1 <= length <= studied.config.max_position_embeddings:
-        raise StudyError(f"--length {length}: {studied.name} takes 1 to {studied.config.max_position_embeddings}")
     documents = [studied.tokenizer.encode(text, add_special_tokens=False).ids for text in read_documents(path)]
     parts = documents if tokens is None else _middles(documents, tokens, min(length, tokens))
     # In byte-level BPE a token's name has one letter for each of its bytes.

@@ -7,11 +7,10 @@ import torch
 
 from tolkernels import INT4_GROUP
 from tolserve.model.config import ModelConfig
-from tolserve.model.presets import SIZES, preset
+from tolserve.model.presets import preset
 from tolserve.model.serving import ServingModel, Weights
 
 SMALL = "small"  # runs everything on any machine in seconds; its speed says nothing
-SIZE_NAMES = (*SIZES, SMALL)
 
 
 def shape_of(size: str, variant: str, vocab: int | None = None, weights: str = "auto") -> ModelConfig:
@@ -35,11 +34,6 @@ def shape_of(size: str, variant: str, vocab: int | None = None, weights: str = "
         vocab_size=vocab or config.vocab_size,
         intermediate_size=config.intermediate_size // group * group,
     )
-
-
-def quarter_of_ffn(base: ModelConfig) -> int:
-    """A quarter of a base model's feed-forward weights in 16 bits, bytes: the device cache that benchmarks use."""
-    return 3 * base.hidden_size * base.intermediate_size * base.num_hidden_layers * 2 // 4
 
 
 def random_model(

@@ -48,7 +48,9 @@ class Tasks:
 
     def length_for(self, models: Sequence[Studied]) -> int:
         """Tokens of a window: the same for all of `models`, since a longer one predicts better."""
-        return self.length or min(_LONGEST, *(studied.config.max_position_embeddings for studied in models))
+        if self.length is not None:
+            return self.length
+        return min(_LONGEST, *(studied.config.max_position_embeddings for studied in models))
 
 
 @dataclass(frozen=True)
