@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from report import machine, write
+from sizes import SIZE_NAMES, quarter_of_ffn
 
 from tolserve.engine.assemble import use_threads
 from tolserve.model.presets import VARIANTS
 from tolserve.study.forced import ForcedEngine, Text, Trace, read_trace
-from tolserve.study.random_model import SIZE_NAMES, quarter_of_ffn, random_model, shape_of
+from tolserve.study.random_model import random_model, shape_of
 from tolserve.study.random_table import table_of
 from tolserve.tol.policy import POLICIES
 

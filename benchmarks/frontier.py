@@ -20,9 +20,9 @@ from typing import Any
 from peer import PeerProcess
 from peers import add_common_options, checked, llama_cpp, ours, tell_ready
 from report import machine, write
+from sizes import quarter_of_ffn
 
 from tolserve.study.forced import Text, Trace, read_trace
-from tolserve.study.random_model import quarter_of_ffn
 from tolserve.study.random_table import table_of
 
 WEIGHTS = {"auto": "16-bit", "int8": "int8", "int4": "int4"}

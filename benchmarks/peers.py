@@ -23,10 +23,11 @@ from typing import Any
 
 from peer import PeerProcess, end_on_signals
 from report import machine, write
+from sizes import SIZE_NAMES, quarter_of_ffn
 
 from tolserve.model.config import ModelConfig
 from tolserve.study.forced import Text, Trace, read_trace
-from tolserve.study.random_model import SIZE_NAMES, quarter_of_ffn, shape_of
+from tolserve.study.random_model import shape_of
 from tolserve.study.random_table import table_of
 
 FIRST_TOKEN_PROMPT = 512

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from report import machine, write
+from sizes import SIZE_NAMES, quarter_of_ffn
 
 from tolserve.engine.assemble import use_threads
 from tolserve.study.forced import ForcedEngine, Text, Trace, read_trace
-from tolserve.study.random_model import SIZE_NAMES, quarter_of_ffn, random_model, shape_of
+from tolserve.study.random_model import random_model, shape_of
 from tolserve.study.random_table import table_of
 
 COUNTED = {"stall_ms": "tol_stall_seconds_total", "read_ms": "tol_fill_seconds", "reads": "tol_fills_total"}
