@@ -16,9 +16,10 @@ from tiny import random_model, tiny_config
 from tolserve.cli import main
 from tolserve.model.checkpoint import load_transformer
 from tolserve.model.config import ModelConfig
-from tolserve.settings import DEMO_MODEL, StudyTkvSettings
+from tolserve.settings import DEMO_MODEL
 from tolserve.study import tkv
 from tolserve.study.report import StudyError, write
+from tolserve.study.settings import StudyTkvSettings
 
 VOCABULARY = 300
 
