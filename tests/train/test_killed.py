@@ -1,5 +1,6 @@
 """A run whose process is killed, or whose disk is full, while it writes a state: real processes, real signals."""
 
+import json
 import os
 import resource
 import shlex
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from tiny_run import write_texts
+from tolserve.cli import main
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -44,13 +46,39 @@ main(sys.argv[1:])
 """
 
 
-def start(folder: Path, out: Path, *program: str, largest: int | None = None) -> subprocess.Popen[str]:
-    """A run that trains its own tokenizer, saves every fifth step and logs every tenth. No file becomes larger than
-    `largest` bytes: there is no room."""
-    argv = [sys.executable, *(program or ("-m", "tolserve"))]
-    argv += ["train", "--data", str(folder / "first.txt"), "--out", str(out), "--steps", str(STEPS)]
+# A process that kills itself as a file NAME takes its place for the COUNTth time: WHEN before or after.
+KILLED_AT = """
+import os, signal, sys
+from tolserve.cli import main
+
+name, count, when = sys.argv[1:4]
+replace, seen = os.replace, []
+
+def watched(source, target):
+    now = os.path.basename(target) == name and len(seen) + 1 == int(count)
+    seen.extend([target] if os.path.basename(target) == name else [])
+    if when == "after":
+        replace(source, target)
+    if now:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if when == "before":
+        replace(source, target)
+
+os.replace = watched
+main(sys.argv[4:])
+"""
+
+
+def command(folder: Path, out: Path) -> list[str]:
+    """A run that trains its own tokenizer, saves every fifth step and logs every tenth."""
+    argv = ["train", "--data", str(folder / "first.txt"), "--out", str(out), "--steps", str(STEPS)]
     argv += shlex.split("--vocab-size 300 --hidden-size 16 --intermediate-size 24 --num-hidden-layers 2 --threads 1")
-    argv += shlex.split("--batch 2 --length 16 --warmup 2 --save-every 5 --device cpu")
+    return argv + shlex.split("--batch 2 --length 16 --warmup 2 --save-every 5 --device cpu")
+
+
+def start(folder: Path, out: Path, *program: str, largest: int | None = None) -> subprocess.Popen[str]:
+    """No file becomes larger than `largest` bytes: there is no room."""
+    argv = [sys.executable, *(program or ("-m", "tolserve")), *command(folder, out)]
     paths = os.pathsep.join([str(ROOT / "server"), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
@@ -65,9 +93,54 @@ def states(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "state").glob("state-*"))
 
 
-def test_a_run_killed_while_it_saves_goes_on_and_so_does_one_whose_disk_was_full(folder: Path, tmp_path: Path) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    start(folder, whole).communicate(timeout=120)
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    start(folder, out).communicate(timeout=120)
+    return out
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    assert states(out) == states(whole) == [f"state-{STEPS:08d}.safetensors"]
+    assert len(list((out / "state").iterdir())) == 3
+    found, expected = (load_file(each / "state" / states(each)[0]) for each in (out, whole))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    rows = [[row.rpartition(",")[0] for row in (each / "loss.csv").read_text().splitlines()] for each in (out, whole)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 1 + STEPS // 10
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "when", "step"),
+    [
+        ("progress.json", 2, "before", 5),
+        ("progress.json", 2, "after", 10),
+        ("loss.csv", 2, "before", 15),
+        ("figures.json", 1, "before", 20),
+    ],
+)
+def test_a_run_killed_beside_a_save_goes_on(
+    folder: Path, tmp_path: Path, whole: Path, name: str, count: int, when: str, step: int
+) -> None:
+    """`step` is where it goes on."""
+    process = start(folder, tmp_path, "-c", KILLED_AT, name, str(count), when)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] == step
+    assert not (tmp_path / "figures.json").exists()
+    assert main(command(folder, tmp_path)) == 0
+    assert_same(tmp_path, whole)
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+    assert json.loads((tmp_path / "figures.json").read_text())["training_tokens"] == STEPS * 2 * 16
+
+
+def test_a_run_killed_while_it_saves_goes_on_and_so_does_one_whose_disk_was_full(
+    folder: Path, tmp_path: Path, whole: Path
+) -> None:
+    out = tmp_path / "run"
     process = start(folder, out, "-c", KILLED)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGXFSZ
@@ -89,11 +162,4 @@ def test_a_run_killed_while_it_saves_goes_on_and_so_does_one_whose_disk_was_full
     process = start(folder, out)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 0, printed
-    assert states(out) == states(whole) == [f"state-{STEPS:08d}.safetensors"]
-    assert len(list((out / "state").iterdir())) == 3
-    found, expected = (load_file(each / "state" / states(each)[0]) for each in (out, whole))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    rows = [[row.rpartition(",")[0] for row in (each / "loss.csv").read_text().splitlines()] for each in (out, whole)]
-    assert rows[0] == rows[1]
-    assert len(rows[0]) == 1 + STEPS // 10
+    assert_same(out, whole)

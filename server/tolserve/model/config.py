@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
 
+from tolserve.tol.files import replacing
+
 FfnVariant = Literal["base", "memory", "flex"]
 
 MODEL_TYPE = "memoryllm"
@@ -192,4 +194,5 @@ class ModelConfig:
         }
 
     def save(self, model_dir: Path) -> None:
-        (model_dir / "config.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        with replacing(model_dir / "config.json") as file:
+            file.write((json.dumps(self.to_dict(), indent=2) + "\n").encode())
