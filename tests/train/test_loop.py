@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,17 @@ def test_autocast_rounds_and_keeps_the_weights_in_32_bits(folder: Path, tmp_path
         assert not torch.equal(parameter, weights(rounded)[name]), name
     losses = [float(loss_rows(tmp_path / name)[-1][2]) for name in ("plain", "rounded")]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_compiled_run_has_nearly_the_same_losses(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch traces of the model, run by its slow and plain backend: compiling kernels would take minutes."""
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
+    for name in ("plain", "compiled"):
+        train(Run(tmp_path / name, tiny_config(), recipe_of(folder, compile=name == "compiled")))
+    rows = [loss_rows(tmp_path / name)[1:] for name in ("plain", "compiled")]
+    assert [float(row[2]) for row in rows[1]] == pytest.approx([float(row[2]) for row in rows[0]], abs=1e-3)
 
 
 def test_token_files_train_as_their_text(folder: Path, tmp_path: Path) -> None:
