@@ -268,8 +268,13 @@ class GenerateSettings(EngineOptions):
     json_output: bool = Field(False, description="print one JSON object at the end instead of the text")
 
 
+# What --preset takes where it is not given: the paper's recipe for those shapes (section 4). The rest is the same.
+_PAPER = {"length": 2048, "warmup": 5000, "peak_lr": 1e-4, "min_lr": 1e-5}
+
+
 class TrainSettings(Options):
-    """Train a model, and its tokenizer if none is given. The defaults are the demo model's recipe."""
+    """Train a model, and its tokenizer if none is given. The defaults are the demo model's recipe; with --preset the
+    paper's: --length 2048, --warmup 5000, --peak-lr 1e-4, --min-lr 1e-5."""
 
     data: list[Path] = Field(
         min_length=1, description="text (.jsonl, .txt, also with .gz, .bz2, .xz) or token ids (.npy), in this order"
@@ -277,7 +282,9 @@ class TrainSettings(Options):
     held_out: Path | None = Field(None, description="text that only the final figures see")
     tokenizer: Path | None = Field(None, description="tokenizer.json to use; trained on --data if not given")
     out: Path = Field(description="folder of the run; an unfinished run there is continued")
-    preset: Literal["250M", "750M", "1B"] | None = Field(None, description="a shape of the paper, as --ffn-variant")
+    preset: Literal["250M", "750M", "1B"] | None = Field(
+        None, description="a shape and recipe of the paper, as --ffn-variant"
+    )
     init_from: Path | None = Field(None, description="LLaMA checkpoint to take all but the FFNs and the tokenizer from")
     freeze: bool = Field(False, description="with --init-from: train the new networks alone")
     distil: bool = Field(False, description="with --init-from: learn its model's predictions instead of the text")
@@ -308,6 +315,11 @@ class TrainSettings(Options):
     save_every: Positive = Field(250, description="steps between saves of resumable state")
     threads: Positive | None = Field(None, description="CPU threads; all cores if not given")
     json_output: bool = Field(False, description="print the final figures as JSON")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_paper(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return _PAPER | given if given.get("preset") is not None else given
 
     @model_validator(mode="after")
     def _check_start(self) -> Self:

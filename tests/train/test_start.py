@@ -18,6 +18,7 @@ from tolserve.model.checkpoint import load_transformer
 from tolserve.model.config import ConfigError, FfnVariant, ModelConfig
 from tolserve.model.presets import SIZES, preset
 from tolserve.model.transformer import Transformer
+from tolserve.settings import TrainSettings
 from tolserve.train.loop import Run
 from tolserve.train.objective import divergence
 from tolserve.train.recipe import TrainError
@@ -175,3 +176,17 @@ def test_from_the_command_line(folder: Path, tmp_path: Path, llama: Path, capsys
     assert "another recipe" in capsys.readouterr().err
     assert main([*argv, "--out", str(tmp_path / "other"), "--preset", "1B"]) == 2
     assert "--preset" in capsys.readouterr().err
+
+
+def test_a_preset_brings_the_papers_recipe(tmp_path: Path) -> None:
+    """Where an option is not given, on the command line or in a file."""
+    names = ("length", "warmup", "peak_lr", "min_lr", "z_loss")
+    (tmp_path / "options.toml").write_text('preset = "1B"\nwarmup = 7\n')
+    for argv, expected in (
+        ([], (1024, 200, 3e-3, 1.5e-4, 1e-6)),
+        (["--preset", "250M"], (2048, 5000, 1e-4, 1e-5, 1e-6)),
+        (["--preset", "250M", "--length", "1024", "--peak-lr", "3e-3"], (1024, 5000, 3e-3, 1e-5, 1e-6)),
+        (["--config", str(tmp_path / "options.toml"), "--min-lr", "0"], (2048, 7, 1e-4, 0.0, 1e-6)),
+    ):
+        settings = TrainSettings.load([*argv, "--data", "a.txt", "--out", "b"], "tolserve train")
+        assert tuple(getattr(settings, name) for name in names) == expected
