@@ -335,5 +335,6 @@ def draw(study: Study, figure: "Figure") -> None:
     clustering.plot(layers, [row["clustering_shuffled"] for row in study.rows], marker="o", label="cells shuffled")
     clustering.set(xlabel="layer", title="neighbours in one cluster", ylim=(0, 1))
     clustering.legend()
-    outliers.plot(layers, [row["outliers_per_token"] for row in study.rows], marker="o")
-    outliers.set(xlabel="layer", title="outliers per token", ylim=(0, None))
+    counts = [row["outliers_per_token"] for row in study.rows]
+    outliers.plot(layers, counts, marker="o")
+    outliers.set(xlabel="layer", title="outliers per token", ylim=(0, 1.1 * max(counts) or 1))
