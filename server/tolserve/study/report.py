@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,9 +40,10 @@ class Study:
 def provenance(seed: int | None = None) -> dict[str, Any]:
     """The facts that all studies share. `seed` None: nothing in the study is random."""
     program, *arguments = sys.argv or ["python"]
-    words = [Path(program).name, *(Path(word).name if word.startswith(("/", "..")) else word for word in arguments)]
+    name = Path(program).name.replace("__main__.py", "tolserve")  # `python -m tolserve`
+    words = [name, *(Path(word).name if word.startswith(("/", "..")) else word for word in arguments)]
     return {
-        "command": " ".join(words),
+        "command": shlex.join(words),
         "seed": seed,
         "versions": {"tolserve": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "threads": torch.get_num_threads(),
