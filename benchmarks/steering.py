@@ -2,11 +2,11 @@
 
     python benchmarks/steering.py --other ../checkout-before --out results/steering.json
 
-Each case is a whole engine of the demo model in a process of its own: of this checkout without steering, with alpha 1,
-and with a pack of one row or of all rows of a layer; and, with --other, of another checkout without steering. They take
-turns round by round, each for `--steps` steps of `--batch` sequences, while the others wait; ratios are medians of the
-rounds' ratios to this checkout without steering. The table is held in RAM (`--device-cache 100%`), so no disk and no
-page cache takes part.
+Each case is a whole engine of the demo model in a process of its own: of this checkout without steering, twice, so that
+it shows by how much two processes of one kind differ; with alpha 1, and with a pack of one row or of all rows of a
+layer; and, with --other, of another checkout without steering. They take turns round by round, each for `--steps` steps
+of `--batch` sequences, while the others wait; ratios are medians of the rounds' ratios to this checkout without
+steering. The table is held in RAM (`--device-cache 100%`), so no disk and no page cache takes part.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = ("plain", "alpha 1", "pack of one row", "pack of a layer")
+CASES = ("plain", "plain again", "alpha 1", "pack of one row", "pack of a layer")
 
 
 def work(case: str, packs: str, batch: int, steps: int) -> None:
@@ -33,7 +33,7 @@ def work(case: str, packs: str, batch: int, steps: int) -> None:
     use_threads(None)
     given: dict[str, Any] = {"model": str(DEMO_MODEL), "device_cache": "100%", "device": "cpu", "max_num_seqs": batch}
     extra: dict[str, Any] = {}
-    if case not in ("plain", "other"):
+    if case not in ("plain", "plain again", "other"):
         from tolserve.engine.request import Steering
 
         names = {"pack of one row": ("one",), "pack of a layer": ("layer",)}.get(case, ())

@@ -23,7 +23,7 @@ MAX_MESSAGES = 4096
 # What is larger is a slip: the paper goes from 1 down to 0.5. No model has so many layers.
 MAX_ALPHA = 8
 MAX_LAYERS = 1024
-MAX_EDITS = 4  # each costs some 20 us a step of a sequence that asks for it
+MAX_EDITS = 4  # each takes 2 to 8% of a step of the demo model, benchmarks/results/steering-demo-cpu-*.json
 MAX_SALT_CHARACTERS = 256  # as long as any token or hash that somebody would take for it
 
 # Fields of OpenAI's and vLLM's interfaces that are not served yet, with the values that ask for nothing; null is one
