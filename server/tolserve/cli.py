@@ -166,8 +166,8 @@ def inspect(settings: InspectSettings) -> None:
     from tolserve.tol.frequencies import read_frequencies
 
     files = ModelFiles.load(settings.model)
-    is_id = settings.token.isdecimal() and not settings.text
-    token = int(settings.token) if is_id else files.tokenizer.only_id(settings.token)
+    only_id = files.tokenizer.only_id
+    token = only_id(settings.token) if settings.text else _token(files, "TOKEN", settings.token)
     given = settings.frequencies
     where = settings.model_dump(mode="json", include={"model", "table", "cache_dir"})
     with _Bar("comparing") if settings.nearest else nullcontext() as bar:
@@ -371,7 +371,7 @@ def _token(files: Any, flag: str, word: str) -> int:
     """The id that a person means: digits are an id, anything else a text that must be one token."""
     from tolserve.api.tokenizer import NotOneTokenError
 
-    if re.fullmatch("[0-9]{1,9}", word):
+    if re.fullmatch("[0-9]{1,18}", word):
         if int(word) >= files.vocab_size:
             raise OptionError(f"{flag} {word}: token ids are below {files.vocab_size}")
         return int(word)
