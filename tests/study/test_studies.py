@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tiny import TEXT, tiny_config
@@ -47,11 +48,15 @@ def measured(row: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name.startswith(("ppl ", "blimp "))}
 
 
-def draws(study: Study, draw: Callable[[Study, Figure], None]) -> int:
-    """Panels of the study's picture."""
+def panels(study: Study, draw: Callable[[Study, Figure], None]) -> list[Axes]:
+    """Those of the study's picture."""
     figure = Figure(layout="constrained")
     draw(study, figure)
-    return sum(axes.get_visible() for axes in figure.axes)
+    return [axes for axes in figure.axes if axes.get_visible()]
+
+
+def logarithmic(panels: list[Axes]) -> list[str]:
+    return [axes.get_title() for axes in panels if axes.get_yscale() == "log"]
 
 
 def test_alpha_scales_every_model(studied_of: StudiedOf, tasks: Tasks) -> None:
@@ -67,7 +72,9 @@ def test_alpha_scales_every_model(studied_of: StudiedOf, tasks: Tasks) -> None:
     assert facts["tokens"] == {"prose": 60}
     assert study.facts["blimp_groups"] == grouping()
     assert "blimp_groups" not in alpha.run([models[0].path], replace(tasks, blimp=None), [1]).facts
-    assert draws(study, alpha.draw) == 4
+    shown = panels(study, alpha.draw)
+    assert len(shown) == 4
+    assert logarithmic(shown) == ["ppl prose"]
     assert alpha.run([models[0].path], tasks, [0.5]).rows == [study.rows[1]]
 
 
@@ -81,7 +88,9 @@ def test_each_layer_is_dropped_in_turn(studied_of: StudiedOf, tasks: Tasks) -> N
         assert measured(row) == pytest.approx(expected)
         for name, value in expected.items():
             assert row[f"rel {name}"] == (pytest.approx(value / whole[name]) if whole[name] else None)
-    assert draws(study, drop_layer.draw) == 4
+    shown = panels(study, drop_layer.draw)
+    assert len(shown) == 4
+    assert logarithmic(shown) == ["rel ppl prose"]
 
 
 @pytest.mark.parametrize("values", ["bf16", "int8", "int4"])
@@ -102,7 +111,7 @@ def test_a_quantised_row_scores_as_the_built_table(
     exact = network_rows(model).double()
     assert row["error"] == pytest.approx(((rows - exact).square().sum() / exact.square().sum()).sqrt().item(), rel=1e-3)
     assert measured(study.rows[0]) == pytest.approx(scored(model, tasks), rel=1e-3)
-    assert draws(study, quantize.draw) == 4
+    assert len(panels(study, quantize.draw)) == 4
 
 
 def test_an_error_is_summed_without_loss() -> None:
@@ -163,7 +172,7 @@ def test_low_rank_rows_are_those_of_the_svd(studied_of: StudiedOf, tasks: Tasks)
     breaks_even = study.extra["breaks_even_rank"][model.name]
     for rank, less in ((breaks_even, True), (breaks_even + 1, False)):
         assert (rank * (vocab_size + width) <= vocab_size * width) is less
-    assert draws(study, lowrank.draw) == 5
+    assert len(panels(study, lowrank.draw)) == 5
 
 
 def test_a_model_is_named_by_as_much_as_tells_it_apart(

@@ -39,14 +39,14 @@ def curves(
     names: Sequence[str] = (),
 ) -> None:
     """A panel per measure (or per column in `names`), a line for each value of the column `line`, over the column `x`.
-    Perplexities have a logarithmic axis."""
+    Perplexities, relative ones too, have a logarithmic axis."""
     titles = list(names) or measures(rows[0])
     for axes, title in zip(panels(figure, titles), titles, strict=True):
         for label in dict.fromkeys(row[line] for row in rows):
             points = [(row[x], row[title]) for row in rows if row[line] == label]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
         axes.set_xlabel(x)
-        if title.startswith("ppl "):
+        if "ppl " in title:
             axes.set_yscale("log")
         if falling:
             axes.invert_xaxis()
