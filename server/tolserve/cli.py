@@ -166,8 +166,7 @@ def inspect(settings: InspectSettings) -> None:
     from tolserve.tol.frequencies import read_frequencies
 
     files = ModelFiles.load(settings.model)
-    only_id = files.tokenizer.only_id
-    token = only_id(settings.token) if settings.text else _token(files, "TOKEN", settings.token)
+    token = _token(files, "TOKEN", settings.token, as_text=settings.text)
     given = settings.frequencies
     where = settings.model_dump(mode="json", include={"model", "table", "cache_dir"})
     with _Bar("comparing") if settings.nearest else nullcontext() as bar:
@@ -367,11 +366,11 @@ def _pack_tensors(settings: PackSettings, config: Any, files: Any) -> tuple[Any,
     return scaled_rows(tokens, layers, settings.scale or 0.0, config.hidden_size)
 
 
-def _token(files: Any, flag: str, word: str) -> int:
-    """The id that a person means: digits are an id, anything else a text that must be one token."""
+def _token(files: Any, flag: str, word: str, *, as_text: bool = False) -> int:
+    """The id that a person means: digits are an id unless `as_text`, anything else a text that must be one token."""
     from tolserve.api.tokenizer import NotOneTokenError
 
-    if re.fullmatch("[0-9]{1,18}", word):
+    if not as_text and re.fullmatch("[0-9]{1,18}", word):
         if int(word) >= files.vocab_size:
             raise OptionError(f"{flag} {word}: token ids are below {files.vocab_size}")
         return int(word)

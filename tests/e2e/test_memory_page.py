@@ -88,7 +88,7 @@ def test_the_terminal_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert NUMBER.sub("#", found) == NUMBER.sub("#", printed.output)
     pairs = zip(NUMBER.findall(found), NUMBER.findall(printed.output), strict=True)
     assert all(float(one) == pytest.approx(float(other), abs=TOLERANCE) for one, other in pairs)
-    assert main(refused.argv[1:]) == 1
+    assert main(refused.argv[1:]) == 2
     assert capsys.readouterr().err == refused.output
 
 
