@@ -18,6 +18,7 @@ from tolserve.model.config import ModelConfig
 from tolserve.model.presets import VARIANTS
 from tolserve.study.evaluate import load
 from tolserve.study.params import count_parameters
+from tolserve.study.pictures import logarithmic
 from tolserve.study.report import Study, StudyError, provenance, require
 from tolserve.study.tasks import Tasks, quiet
 from tolserve.train.data import read_documents
@@ -267,7 +268,8 @@ def draw(study: Study, figure: "Figure") -> None:
         first = next(run for run in study.extra["runs"] if run["variant"] == row["variant"])
         tokens, losses = zip(*first["curve"], strict=True)
         curves.plot(tokens, losses, color=f"C{index}", label=f"{row['variant']}, seed {first['seed']}", linewidth=1)
-    curves.set(xlabel="training tokens", ylabel="training loss, nats per token", yscale="log")
+    curves.set(xlabel="training tokens", ylabel="training loss, nats per token")
+    logarithmic(curves)
     curves.legend()
 
 

@@ -1,4 +1,4 @@
-"""What the studies' pictures have in common. Whoever draws has matplotlib; nothing here imports it."""
+"""What the studies' pictures have in common. Whoever draws has matplotlib; importing this does not need it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,16 @@ def curves(
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
         axes.set_xlabel(x)
         if "ppl " in title:
-            axes.set_yscale("log")
+            logarithmic(axes)
         if falling:
             axes.invert_xaxis()
         axes.legend(fontsize=8)
+
+
+def logarithmic(axes: "Axes") -> None:
+    """A logarithmic y axis that writes 60, not 6 x 10^1, and labels between powers of ten where few of them show."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tolserve.study.evaluate import Studied
-from tolserve.study.pictures import measures, panels
+from tolserve.study.pictures import logarithmic, measures, panels
 from tolserve.study.report import Study, StudyError
 from tolserve.study.sparse import METHODS, Method, active_parameters, prune, share_to_keep
 from tolserve.study.tasks import Results, Tasks, quiet
@@ -100,9 +100,8 @@ def draw(study: Study, figure: "Figure") -> None:
             axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=method)
         for row in study.rows:
             if row["pruned"] == "no":
-                axes.plot(row["active"], row[title], "k*")
-                axes.annotate(row["model"], (row["active"], row[title]), (4, 4), textcoords="offset points", fontsize=8)
+                axes.plot(row["active"], row[title], "*", markersize=9, label=row["model"])
         axes.set_xlabel("active parameters")
         if title.startswith("ppl "):
-            axes.set_yscale("log")
+            logarithmic(axes)
         axes.legend(fontsize=8)
