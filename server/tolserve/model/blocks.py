@@ -81,7 +81,8 @@ class FlexCompute(nn.ModuleList):
     """FFN-C: `flex_beta` square maps with SiLU between them.
 
     The paper calls FFN-C "a linear dense module which operates on the residual flow" of beta * h^2 parameters and
-    gives no formula. This class and where `Layer.forward` calls it are the only places that hold our reading.
+    gives no formula. This class and where `Layer.forward` calls it are the only places that hold our reading. It may
+    not be the paper's: with a SiLU before the first map too, flex-1 learned better (docs/paper.md, Table 2).
     """
 
     def __init__(self, hidden_size: int, beta: int) -> None:
