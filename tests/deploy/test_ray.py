@@ -26,8 +26,9 @@ pytestmark = [
 ]
 
 KEY = "test-key"
-CONTEXT = 512
-# A few milliseconds a step, so that a long answer takes seconds and not less than a scrape.
+# At a millisecond or a few a step a long answer takes seconds: more than a scrape, and more than the 1.4 to 4.1 s that
+# it took here to find out who runs what and to kill a replica.
+CONTEXT = 1536
 MODEL = tiny_config(hidden_size=256, num_hidden_layers=8, max_position_embeddings=CONTEXT)
 HEADERS = {"authorization": f"Bearer {KEY}"}
 LONG = {"prompt": "The old house", "max_tokens": CONTEXT - 100, "ignore_eos": True, "stream": True}
